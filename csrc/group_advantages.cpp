@@ -1,0 +1,51 @@
+#include <unordered_map>
+
+#include "common.h"
+
+namespace vgkern {
+
+// estimator: grpo, dr_grpo, rloo, none (vgkern.objectives.ESTIMATORS)
+static Tensor group_advantages_fwd(const Tensor& rewards,  // [B] float64
+                                   const Tensor& groups,   // [B]
+                                   int64_t estimator) {
+  Tensor r = rewards.contiguous();
+  TORCH_CHECK(r.scalar_type() == at::kDouble, "vgkern: rewards must be float64");
+  const int64_t n = r.numel();
+  const int64_t* id = i64_rows(groups, n, "groups");
+  const double* x = r.const_data_ptr<double>();
+  struct Group {
+    double count = 0, sum = 0, square = 0, low = 0, high = 0;
+  };
+  std::unordered_map<int64_t, Group> by;
+  by.reserve(size_t(n));
+  for (int64_t i = 0; i < n; ++i) {
+    Group& g = by[id[i]];
+    g.low = g.count ? std::min(g.low, x[i]) : x[i];
+    g.high = g.count ? std::max(g.high, x[i]) : x[i];
+    g.count += 1;
+    g.sum += x[i];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    Group& g = by[id[i]];
+    const double d = x[i] - g.sum / g.count;
+    g.square += d * d;
+  }
+  Tensor out = at::empty_like(r);
+  double* a = out.data_ptr<double>();
+  for (int64_t i = 0; i < n; ++i) {
+    const Group& g = by[id[i]];
+    const double d = g.low == g.high ? 0.0 : x[i] - g.sum / g.count;
+    switch (estimator) {
+      case 0: a[i] = d / (std::sqrt(g.square / (g.count - 1)) + 1e-4); break;
+      case 1: a[i] = d; break;
+      case 2: a[i] = d * g.count / (g.count - 1); break;
+      default: a[i] = x[i];
+    }
+    if (estimator != 3 && d == 0.0) a[i] = 0.0;
+  }
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(vgkern, CPU, m) { m.impl("group_advantages_fwd", &group_advantages_fwd); }
+
+}  // namespace vgkern

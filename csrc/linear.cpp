@@ -1,0 +1,339 @@
+// The chunk driver behind linear_token_logprobs and linear_policy_loss. GEMMs are the vendor's.
+#include "linear.h"
+
+#include <cstring>
+#include <mutex>
+
+namespace vgkern {
+
+namespace {
+
+// Rows per block: 512 keep the GEMMs at their rate; a small vocabulary takes more rows (up to 16
+// MiB, which stays in the last cache), a huge one fewer (150 MiB bound the footprint).
+int64_t chunk_rows(int64_t rows, int64_t v) {
+  const int64_t hot = (int64_t(16) << 20) / (4 * v), most = (int64_t(150) << 20) / (4 * v);
+  int64_t c = hot >= 512 ? std::min<int64_t>(hot, 2048) : std::min<int64_t>(most, 512);
+  c = std::max<int64_t>(c / 64 * 64, 64);
+  const int64_t chunks = std::max<int64_t>((8 * rows + 9 * c - 1) / (9 * c), 1);  // equal chunks
+  return std::max<int64_t>((rows + chunks - 1) / chunks, 1);
+}
+
+Tensor view(float* p, int64_t n, int64_t m) {
+  return at::from_blob(p, {n, m}, at::TensorOptions().dtype(at::kFloat));
+}
+
+Tensor view16(uint16_t* p, int64_t n, int64_t m) {
+  return at::from_blob(p, {n, m}, at::TensorOptions().dtype(at::kBFloat16));
+}
+
+}  // namespace
+
+int64_t tile_columns(int64_t rows, int64_t v) {
+  if (v <= 8192) return v;
+  return rows > 128 ? 4096 : 8192;
+}
+
+Head::Head(const Tensor& hid, const Tensor& w, const OptTensor& bias, double temperature,
+           double softcap)
+    : hidden(hid), weight(w), n(hid.size(0)), h(hid.size(1)), v(w.size(0)), dtype(dtype_of(hid)) {
+  TORCH_CHECK(w.dim() == 2 && hid.dim() == 2 && w.size(1) == h && dtype_of(w) == dtype,
+              "vgkern: hidden [N, H] and weight [V, H] of one dtype");
+  TORCH_CHECK(hid.stride(1) == 1 && w.stride(1) == 1, "vgkern: unit column stride");
+  if (bias) {
+    TORCH_CHECK(bias->numel() == v, "vgkern: bias [V]");
+    bias32 = bias->to(at::kFloat).contiguous();
+    transform.bias = bias32.const_data_ptr<float>();
+  }
+  transform.inv_temperature = float(1.0 / temperature);
+  transform.softcap = float(softcap);
+}
+
+Grads::Grads(const Head& head, c10::ArrayRef<bool> needs) {
+  TORCH_CHECK(needs.size() == 3, "vgkern: needs has three flags");
+  auto f32 = at::TensorOptions().dtype(at::kFloat);
+  for (int i = 0; i < 3; ++i) need[i] = needs[i];
+  if (need[0]) dhidden = at::empty({head.n, head.h}, f32);
+  if (need[1]) dweight = at::empty({head.v, head.h}, f32);
+  if (need[2]) dbias = at::zeros({head.v}, f32);
+}
+
+std::tuple<Tensor, Tensor, Tensor> Grads::finish(const Head& head, const OptTensor& bias) {
+  Tensor none = at::empty({0}, head.hidden.options());
+  if (need[1] && first) dweight.zero_();
+  return {need[0] ? dhidden.to(head.hidden.scalar_type()) : none,
+          need[1] ? dweight.to(head.weight.scalar_type()) : none,
+          need[2] ? dbias.to(bias->scalar_type()) : none};
+}
+
+// Kept between calls: page faults of a fresh block would land inside the first GEMM. One process-
+// wide set; a second thread that comes in meanwhile works on its own.
+struct LinearRows::Space {
+  std::vector<float> block, hidden, dhidden, weight, panels;
+  std::vector<uint16_t> dz16, hidden16;
+  std::vector<RowStats> stats;
+  std::vector<RowState> states;
+  std::vector<RowGrad> coef;
+  std::vector<float> c, e;
+  std::vector<int64_t> source;
+  static Space& shared() {
+    static Space* s = new Space;  // never destroyed: threads may outlive statics
+    return *s;
+  }
+  static std::mutex& busy() {
+    static std::mutex* m = new std::mutex;
+    return *m;
+  }
+};
+
+namespace {
+template <class T>
+T* room(std::vector<T>& v, int64_t n) {
+  if (int64_t(v.size()) < n) {
+    std::vector<T>().swap(v);  // free before growing: never two blocks at once
+    v.resize(n);
+  }
+  return v.data();
+}
+}  // namespace
+
+void block_logits(const Head& head, bool pairs, int64_t v0, int64_t n, const float* panels,
+                  int64_t c, float* out) {
+  const GemmKernels& g = gemm();
+  at::parallel_for(0, (n + g.lanes - 1) / g.lanes, 1, [&](int64_t from, int64_t to) {
+    thread_local std::vector<float> space;
+    float* s = room(space, g.lanes * (head.h + 16));
+    for (int64_t b = from; b < to; ++b) {
+      const int64_t j = b * g.lanes;
+      g.block(head.dtype, pairs, row_ptr(head.weight, v0 + j), head.weight.stride(0),
+              std::min(g.lanes, n - j), panels, c, head.h, out + j, n, s);
+    }
+  });
+}
+
+Tensor head_tile(const Head& head, int64_t v0, int64_t n, std::vector<float>& space) {
+  if (head.dtype == kF32) return head.weight.narrow(0, v0, n);
+  float* w = room(space, n * head.h);
+  for_rows(n, [&](int64_t i) {
+    rows().widen(head.dtype, row_ptr(head.weight, v0 + i), w + i * head.h, head.h);
+  });
+  return view(w, n, head.h);
+}
+
+LinearRows::LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active)
+    : head_(head), targets_(targets), active_(std::move(active)) {
+  const int64_t r = int64_t(active_.size());
+  dense_ = r == head.n;
+  pairs_ = head.dtype == kBF16 && gemm().bf16;
+  chunk_ = chunk_rows(r, head.v);
+  tile_ = tile_columns(chunk_, head.v);
+  tiles_ = (head.v + tile_ - 1) / tile_;
+  if (Space::busy().try_lock())
+    space_.reset(&Space::shared());
+  else
+    space_ = std::make_unique<Space>();
+}
+
+LinearRows::~LinearRows() {
+  if (space_.get() == &Space::shared()) {
+    space_.release();
+    Space::busy().unlock();
+  }
+}
+
+Tensor LinearRows::weight_tile(int64_t t) {
+  return head_tile(head_, t * tile_, std::min(tile_, head_.v - t * tile_), space_->weight);
+}
+
+void LinearRows::gather(const Chunk& k) {
+  const GemmKernels& g = gemm();
+  if (pairs_) {
+    uint16_t* h = room(space_->hidden16, chunk_ * head_.h);
+    for_rows(k.count, [&](int64_t i) {
+      std::memcpy(h + i * head_.h, row_ptr(head_.hidden, k.rows[i]), 2 * head_.h);
+    });
+    g.pack(kBF16, true, h, head_.h, k.count, head_.h,
+           room(space_->panels, g.panel_floats(chunk_, head_.h)));
+    hidden_ = view16(h, k.count, head_.h);
+    return;
+  }
+  widen_rows(k);
+  if (g.lanes)
+    g.pack(kF32, false, hidden_.const_data_ptr(), hidden_.stride(0), k.count, head_.h,
+           room(space_->panels, g.panel_floats(chunk_, head_.h)));
+}
+
+void LinearRows::widen_rows(const Chunk& k) {
+  if (dense_ && head_.dtype == kF32) {
+    hidden_ = head_.hidden.narrow(0, k.rows[0], k.count);
+    return;
+  }
+  float* h = room(space_->hidden, chunk_ * head_.h);
+  for_rows(k.count, [&](int64_t i) {
+    rows().widen(head_.dtype, row_ptr(head_.hidden, k.rows[i]), h + i * head_.h, head_.h);
+  });
+  hidden_ = view(h, k.count, head_.h);
+}
+
+void LinearRows::logits(const Chunk& k, int64_t t) {
+  const int64_t v0 = t * tile_, n = std::min(tile_, head_.v - v0);
+  float* block = space_->block.data() + t * chunk_ * tile_;
+  if (gemm().lanes) {
+    block_logits(head_, pairs_, v0, n, space_->panels.data(), k.count, block);
+  } else {
+    Tensor out = view(block, k.count, n);
+    at::mm_out(out, hidden_, weight_tile(t).t());
+  }
+  const Transform& tr = head_.transform;
+  for_rows(k.count, [&](int64_t i) {
+    float* z = block + i * n;
+    if (!tr.plain()) rows().transform(z, n, v0, tr);
+    const int64_t y = targets_[k.rows[i]] - v0;
+    rows().stats(z, n, y >= 0 && y < n ? y : -1, space_->states[i]);
+  });
+}
+
+void LinearRows::run(Grads* grads, const std::function<void(Chunk&, float*, float*)>& use) {
+  if (grads && grads->need[0] && !dense_) grads->dhidden.zero_();
+  room(space_->block, tiles_ * chunk_ * tile_);
+  room(space_->stats, chunk_);
+  room(space_->states, chunk_);
+  float* c = room(space_->c, chunk_);
+  float* e = room(space_->e, chunk_);
+  const int64_t total = int64_t(active_.size());
+  for (int64_t at = 0; at < total; at += chunk_) {
+    Chunk k{active_.data() + at, std::min(chunk_, total - at), space_->stats.data()};
+    gather(k);
+    std::fill_n(space_->states.begin(), k.count, fresh());
+    for (int64_t t = 0; t < tiles_; ++t) logits(k, t);
+    for (int64_t i = 0; i < k.count; ++i) k.stats[i] = finish(space_->states[i]);
+    use(k, c, e);
+    if (grads && grads->any()) backward(k, c, e, *grads);
+  }
+}
+
+void LinearRows::add_bias(const float* block, int64_t live, int64_t v0, int64_t n, Grads& g) {
+  if (!g.need[2]) return;
+  float* db = g.dbias.data_ptr<float>() + v0;
+  at::parallel_for(0, n, 1024, [&](int64_t a, int64_t b) {
+    for (int64_t d = 0; d < live; ++d) rows().add(db + a, block + d * n + a, b - a);
+  });
+}
+
+// The vendor's bf16 GEMMs; every product is rounded once, sums over tiles and chunks are fp32.
+void LinearRows::backward16(const Tensor& dz, int64_t v0, bool first_tile, Tensor& dh, Grads& g) {
+  auto accumulate = [](const Tensor& part, float* to, bool first) {
+    const int64_t m = part.size(1);
+    for_rows(part.size(0), [&](int64_t i) {
+      float wide[512];
+      for (int64_t j = 0; j < m; j += 512) {
+        const int64_t n = std::min<int64_t>(512, m - j);
+        const char* from = row_ptr(part, i) + 2 * j;
+        if (first) {
+          rows().widen(kBF16, from, to + i * m + j, n);
+        } else {
+          rows().widen(kBF16, from, wide, n);
+          rows().add(to + i * m + j, wide, n);
+        }
+      }
+    });
+  };
+  const int64_t n = dz.size(1);
+  if (g.need[0])
+    accumulate(at::mm(dz, head_.weight.narrow(0, v0, n)), dh.data_ptr<float>(), first_tile);
+  if (g.need[1])
+    accumulate(at::mm(dz.t(), hidden_), g.dweight.data_ptr<float>() + v0 * head_.h, g.first);
+}
+
+void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads& g) {
+  const int64_t h = head_.h;
+  // Live rows first: a dead row's slot takes the last live row. Slots at or past `live` are only
+  // ever read, so rows can move while the gradient is written in place.
+  int64_t* source = room(space_->source, chunk_);
+  int64_t live = k.count;
+  auto dead = [&](int64_t i) {
+    return (c[i] == 0.f && e[i] == 0.f) || k.stats[i].logp == -std::numeric_limits<float>::infinity();
+  };
+  for (int64_t d = 0; d < live; ++d) {
+    source[d] = d;
+    if (!dead(d)) continue;
+    while (live > d + 1 && dead(live - 1)) --live;
+    source[d] = --live;
+  }
+  if (g.need[0] && dense_ && live < k.count)
+    for (int64_t i = 0; i < k.count; ++i)
+      if (dead(i)) std::memset(g.dhidden.data_ptr<float>() + k.rows[i] * h, 0, sizeof(float) * h);
+  if (!live) return;
+  if (live < k.count && pairs_) {  // the hidden rows move along
+    uint16_t* own = space_->hidden16.data();
+    for (int64_t d = 0; d < live; ++d)
+      if (source[d] != d) std::memcpy(own + d * h, own + source[d] * h, 2 * h);
+    hidden_ = view16(own, live, h);
+  } else if (live < k.count) {
+    if (dense_ && head_.dtype == kF32) {
+      float* own = room(space_->hidden, chunk_ * h);
+      for_rows(live, [&](int64_t d) {
+        std::memcpy(own + d * h, row_ptr(hidden_, source[d]), sizeof(float) * h);
+      });
+      hidden_ = view(own, live, h);
+    } else {
+      float* own = space_->hidden.data();
+      for (int64_t d = 0; d < live; ++d)
+        if (source[d] != d) std::memcpy(own + d * h, own + source[d] * h, sizeof(float) * h);
+      hidden_ = view(own, live, h);
+    }
+  }
+  RowGrad* coef = room(space_->coef, chunk_);
+  for (int64_t d = 0; d < live; ++d)
+    coef[d] = row_grad(c[source[d]], e[source[d]], k.stats[source[d]], head_.transform);
+  const bool direct = dense_ && live == k.count;
+  uint16_t* dz16 = pairs_ ? room(space_->dz16, chunk_ * tile_) : nullptr;
+  Tensor dh;
+  if (g.need[0])
+    dh = direct ? g.dhidden.narrow(0, k.rows[0], live)
+                : view(room(space_->dhidden, chunk_ * h), live, h);
+  const Transform& tr = head_.transform;
+  const float cap = tr.softcap == 0.f ? 0.f : 1.f / (tr.inv_temperature * tr.softcap);
+  for (int64_t t = 0; t < tiles_; ++t) {
+    const int64_t v0 = t * tile_, n = std::min(tile_, head_.v - v0);
+    float* block = space_->block.data() + t * chunk_ * tile_;
+    for_rows(live, [&](int64_t d) {
+      const float* z = block + source[d] * n;
+      const RowStats& r = k.stats[source[d]];
+      const int64_t y = targets_[k.rows[source[d]]] - v0;
+      const bool here = y >= 0 && y < n;
+      const float zy = here ? z[y] : 0.f;
+      rows().grad(z, block + d * n, n, r.lse, coef[d].a, coef[d].b, tr);
+      if (here) block[d * n + y] = coef[d].target * (1.f - (zy * cap) * (zy * cap));
+      if (pairs_) rows().narrow(kBF16, block + d * n, dz16 + d * n, n);
+    });
+    if (pairs_) {
+      backward16(view16(dz16, live, n), v0, t == 0, dh, g);
+      add_bias(block, live, v0, n, g);
+      continue;
+    }
+    Tensor dz = view(block, live, n);
+    if (g.need[0]) {
+      Tensor w = weight_tile(t);
+      if (t == 0)
+        at::mm_out(dh, dz, w);
+      else
+        at::addmm_out(dh, dh, dz, w);
+    }
+    if (g.need[1]) {
+      Tensor dw = g.dweight.narrow(0, v0, n);
+      if (g.first)
+        at::mm_out(dw, dz.t(), hidden_);
+      else
+        at::addmm_out(dw, dw, dz.t(), hidden_);
+    }
+    add_bias(block, live, v0, n, g);
+  }
+  g.first = false;
+  if (g.need[0] && !direct)
+    for_rows(live, [&](int64_t d) {
+      std::memcpy(g.dhidden.data_ptr<float>() + k.rows[source[d]] * h, row_ptr(dh, d),
+                  sizeof(float) * h);
+    });
+}
+
+}  // namespace vgkern

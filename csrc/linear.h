@@ -1,0 +1,76 @@
+// Hidden rows times head, one [chunk, V] block of fp32 logits at a time, tile by tile.
+#pragma once
+#include <functional>
+#include <memory>
+
+#include "common.h"
+#include "gemm.h"
+
+namespace vgkern {
+
+// The problem as the linear_* operators receive it.
+struct Head {
+  Tensor hidden, weight;  // [N, H], [V, H]
+  int64_t n, h, v;
+  Dtype dtype;
+  Transform transform;
+  Tensor bias32;  // keeps the fp32 bias alive
+  Head(const Tensor& hidden, const Tensor& weight, const OptTensor& bias, double temperature,
+       double softcap);
+};
+
+// Which gradients, and where they go; empty tensors where not needed.
+struct Grads {
+  bool need[3];
+  Tensor dhidden, dweight, dbias;  // fp32 while accumulating
+  Grads(const Head&, c10::ArrayRef<bool> needs);
+  bool any() const { return need[0] || need[1] || need[2]; }
+  std::tuple<Tensor, Tensor, Tensor> finish(const Head&, const OptTensor& bias);
+  bool first = true;  // the first chunk writes dweight, later ones add
+};
+
+// A chunk of compacted rows: `rows[i]` is the row of the caller behind block row i.
+struct Chunk {
+  const int64_t* rows;
+  int64_t count;
+  RowStats* stats;  // filled by forward
+};
+
+class LinearRows {
+ public:
+  LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active);
+  ~LinearRows();
+  // For every chunk: logits, statistics, then `use(chunk)`, which fills c and e (dl/dlogp,
+  // dl/dentropy of each block row) when gradients are wanted.
+  void run(Grads* grads, const std::function<void(Chunk&, float* c, float* e)>& use);
+
+ private:
+  struct Space;
+  void logits(const Chunk&, int64_t t);
+  void backward(const Chunk&, const float* c, const float* e, Grads&);
+  Tensor weight_tile(int64_t t);
+  void gather(const Chunk&);
+  void widen_rows(const Chunk&);
+  void backward16(const Tensor& dz, int64_t v0, bool first_tile, Tensor& dh, Grads&);
+  void add_bias(const float* block, int64_t live, int64_t v0, int64_t n, Grads&);
+  const Head& head_;
+  const int64_t* targets_;
+  std::vector<int64_t> active_;
+  bool dense_;  // the active rows are all rows, in order
+  bool pairs_;  // bf16 stays bf16: this CPU multiplies its pairs faster than floats
+  int64_t chunk_, tile_, tiles_;
+  std::unique_ptr<Space> space_;
+  Tensor hidden_;  // [count, H] of the current chunk, fp32 (bf16 if pairs_)
+};
+
+// Columns per tile: a multiple of 64, so that a tile starts on a whole Philox block.
+int64_t tile_columns(int64_t rows, int64_t v);
+
+// fp32 columns [v0, v0 + n) of the head, widened into `space` when needed.
+Tensor head_tile(const Head&, int64_t v0, int64_t n, std::vector<float>& space);
+
+// logits [c, n] of columns [v0, v0 + n) by the kernels of gemm.h, from packed hidden rows.
+void block_logits(const Head&, bool pairs, int64_t v0, int64_t n, const float* panels, int64_t c,
+                  float* out);
+
+}  // namespace vgkern

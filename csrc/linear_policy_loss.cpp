@@ -1,0 +1,62 @@
+#include "linear.h"
+#include "objective.h"
+
+namespace vgkern {
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd(
+    const Tensor& hidden,      // [N, H]
+    const Tensor& weight,      // [V, H]
+    const OptTensor& bias,     // [V]
+    const Tensor& targets,     // [N]
+    const Tensor& advantages,  // [N]
+    const Tensor& row_weight,  // [N], 0 where masked
+    const OptTensor& old_logp, const OptTensor& ref_logp, const OptTensor& sampler_logp,  // [N]
+    double temperature, double softcap, c10::List<double> knobs, c10::List<bool> needs) {
+  Head head(hidden, weight, bias, temperature, softcap);
+  const Objective o(knobs);
+  TORCH_CHECK(o.ratio != 2 && o.correction < 3, "vgkern: a sequence-level objective needs all rows");
+  Tensor tgt = targets.contiguous();
+  const int64_t* y = i64_rows(tgt, head.n, "targets");
+  const float* adv = f32_rows(advantages, head.n, "advantages");
+  const float* w = f32_rows(row_weight, head.n, "row_weight");
+  const float* old = f32_rows(old_logp, head.n, "old_logp");
+  const float* ref = f32_rows(ref_logp, head.n, "ref_logp");
+  const float* sam = f32_rows(sampler_logp, head.n, "sampler_logp");
+  bool flags[3] = {needs[0], needs[1], needs[2]};
+  Grads grads(head, flags);
+  auto f32 = at::TensorOptions().dtype(at::kFloat);
+  Tensor logp = at::zeros({head.n}, f32), counts = at::empty({Counts::kSize}, f32);
+  Counts n;
+  double loss = 0;
+  // A row whose coefficient is zero whatever its logits say costs nothing.
+  const bool always = o.beta != 0.f || o.entropy_coef != 0.f;
+  std::vector<int64_t> active;
+  for (int64_t i = 0; i < head.n; ++i) {
+    n.tokens += w[i] != 0.f;
+    if (w[i] != 0.f && (always || adv[i] != 0.f)) active.push_back(i);
+  }
+  n.active = double(active.size());
+  LinearRows run(head, y, std::move(active));
+  run.run(grads.any() ? &grads : nullptr, [&](Chunk& k, float* c, float* e) {
+    for (int64_t i = 0; i < k.count; ++i) {
+      const int64_t r = k.rows[i];
+      const float lp = k.stats[i].logp, before = old ? old[r] : lp;
+      logp.data_ptr<float>()[r] = lp;
+      const float fix = sam ? correction_weight(before - sam[r], o) : 1.f;
+      const TokenLoss t =
+          token_loss(lp, adv[r], old ? lp - before : 0.f, ref ? ref[r] - lp : 0.f, ref, fix, o, n);
+      loss += w[r] * (t.value - double(o.entropy_coef) * k.stats[i].entropy);
+      c[i] = w[r] * t.slope;
+      e[i] = -w[r] * o.entropy_coef;
+      n.entropy += k.stats[i].entropy;
+      if (sam) n.gap = std::max(n.gap, std::fabs(lp - sam[r]));
+    }
+  });
+  n.write(counts.data_ptr<float>());
+  auto [dh, dw, db] = grads.finish(head, bias);
+  return {at::full({}, loss, f32), logp, counts, dh, dw, db};
+}
+
+TORCH_LIBRARY_IMPL(vgkern, CPU, m) { m.impl("linear_policy_loss_fwd", &linear_policy_loss_fwd); }
+
+}  // namespace vgkern

@@ -1,0 +1,31 @@
+"""vgkern: fused kernels for critic-free RL of language models, seen as value-gradient learning."""
+
+from vgkern.objectives import Objective
+from vgkern.ops._backend import BackendError, use_backend
+from vgkern.ops._check import NonFiniteError
+from vgkern.ops.group_advantages import group_advantages
+from vgkern.ops.linear_policy_loss import linear_policy_loss
+from vgkern.ops.linear_sample import Sample, linear_sample
+from vgkern.ops.linear_token_logprobs import linear_token_logprobs
+from vgkern.ops.noise import Noise
+from vgkern.ops.policy_loss import PolicyLoss, policy_loss
+from vgkern.ops.token_logprobs import TokenLogprobs, token_logprobs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Noise",
+    "NonFiniteError",
+    "Objective",
+    "PolicyLoss",
+    "Sample",
+    "TokenLogprobs",
+    "group_advantages",
+    "linear_policy_loss",
+    "linear_sample",
+    "linear_token_logprobs",
+    "policy_loss",
+    "token_logprobs",
+    "use_backend",
+]

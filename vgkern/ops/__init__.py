@@ -1,0 +1,1 @@
+"""The ops, one file each; every file reads top to bottom: formula, reference, Function, function."""

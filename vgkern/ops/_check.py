@@ -1,0 +1,97 @@
+"""Argument checks: once, in Python, before dispatch; each failure names the argument, what it was
+and what is allowed."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class NonFiniteError(ValueError):
+    """A NaN reached an op that must return a number. Raised on CPU, where looking costs nothing."""
+
+
+def describe(x: object) -> str:
+    """What a value is, in the words of an error message."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} tensor {list(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def fail(name: str, got: object, allowed: str) -> ValueError:
+    got = got if isinstance(got, str) else describe(got)
+    return ValueError(f"{name}: got {got}; allowed: {allowed}")
+
+
+def tensor(name: str, x: object, allowed: str = "a tensor") -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {describe(x)}; allowed: {allowed}")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(f"{name}: got a DTensor; call .full_tensor() on it first")
+    return x
+
+
+def floating(name: str, x: object, ndim: int | None = None) -> Tensor:
+    x = tensor(name, x, "a floating-point tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {describe(x)}; allowed: float32, bfloat16, float16, float64")
+    if ndim is not None and x.ndim != ndim:
+        raise fail(name, x, f"{ndim} dimensions")
+    return x
+
+
+def same_device(**tensors: Tensor | None) -> torch.device:
+    """All given tensors live on one device; returns it."""
+    named = [(n, t) for n, t in tensors.items() if t is not None]
+    first, ref = named[0]
+    for name, t in named[1:]:
+        if t.device != ref.device:
+            raise fail(name, f"a tensor on {t.device}", f"{ref.device}, the device of {first}")
+    return ref.device
+
+
+def positive(name: str, x: object) -> float:
+    if isinstance(x, bool) or not isinstance(x, Real) or not math.isfinite(x) or x <= 0:
+        raise fail(name, x, "a finite number > 0")
+    return float(x)
+
+
+def softcap(x: float | None) -> float:
+    """0.0 stands for no soft-cap below the public functions."""
+    return 0.0 if x is None else positive("softcap", x)
+
+
+def rows_like(name: str, x: object, shape: torch.Size, allowed: str | None = None) -> Tensor:
+    x = tensor(name, x)
+    if x.shape != shape:
+        raise fail(name, x, allowed or f"shape {list(shape)}")
+    return x
+
+
+def targets(name: str, x: object, shape: torch.Size) -> Tensor:
+    x = rows_like(name, x, shape)
+    if x.dtype != torch.int64:
+        raise TypeError(f"{name}: got {describe(x)}; allowed: int64")
+    return x
+
+
+def target_range(name: str, x: Tensor, vocab: int, live: Tensor | None) -> None:
+    """Ids outside [0, V) where `live`. CPU only: elsewhere looking would be a host sync."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return
+    bad = (x < 0) | (x >= vocab)
+    if live is not None:
+        bad = bad & live
+    if bool(bad.any()):
+        at = bad.nonzero()[0].tolist()
+        raise fail(name, f"id {int(x[tuple(at)])} at {at}", f"0 <= id < {vocab} (vocabulary)")
+
+
+def no_nan(name: str, x: Tensor, what: str) -> None:
+    """One exception that names the first row (CPU only)."""
+    if x.device.type == "cpu" and bool(x.isnan().any()):
+        at = x.isnan().nonzero()[0].tolist()
+        raise NonFiniteError(f"{name}: {what} is NaN at row {at}; allowed: logits without NaN")

@@ -1,0 +1,187 @@
+"""Hidden states and head to policy loss: log-prob, objective and gradient of one row in one pass.
+
+    logits -> logp, entropy (token_logprobs) -> l, c = dl/dlogp, e = dl/dentropy (policy_loss)
+    dz = c (onehot - p) - e p (log p + entropy),   dh = dz W,   dW = dz^T h
+
+When c is known from its own row (every objective but the sequence-level ones) the cpu backend turns
+a block of logits into dz in place while it is hot: three GEMMs, one [chunk, V] fp32 block, no
+[N, V]. Sequence-level objectives compose linear_token_logprobs and policy_loss: four GEMMs.
+Rows with an exactly zero coefficient (masked, zero advantage, clipped) are compacted away before
+the GEMMs they do not need. No dW when the head is frozen; dW accumulates in fp32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vgkern import objectives
+from vgkern.objectives import Objective
+from vgkern.ops import _check
+from vgkern.ops._backend import choose
+from vgkern.ops._library import define
+from vgkern.ops.group_advantages import group_advantages
+from vgkern.ops.linear_token_logprobs import (
+    grads_like,
+    linear_inputs,
+    linear_token_logprobs,
+    linear_token_logprobs_ref,
+)
+from vgkern.ops.policy_loss import (
+    COUNTS,
+    PolicyLoss,
+    metrics_dict,
+    policy_loss,
+    policy_loss_ref,
+    prepare,
+)
+
+
+def linear_policy_loss_ref(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [...] int64
+    rows: tuple[Tensor, ...],  # advantages, row weight, old, ref, sampler: [...] or None
+    o: Objective,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    targets = targets.where(rows[1] != 0, -100)
+    lp = linear_token_logprobs_ref(hidden, weight, bias, targets, temperature, softcap)
+    return policy_loss_ref(lp.logp, *rows[:2], o, *rows[2:], lp.entropy)
+
+
+class LinearPolicyLossFunction(torch.autograd.Function):
+    """`vgkern::linear_policy_loss_fwd` makes the gradients with the loss; backward scales them.
+
+    Nothing but the loss is computed when no gradient can be asked for (`needs`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [N] int64
+        rows: tuple[Tensor, ...],  # advantages, row weight, old, ref, sampler: [N] or None
+        o: Objective,
+        scalars: tuple[float, float],
+        needs: list[bool],
+    ) -> tuple:
+        loss, logp, counts, *grads = torch.ops.vgkern.linear_policy_loss_fwd(
+            hidden, weight, bias, targets, *rows, *scalars, o.pack(), needs
+        )
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(logp, counts)
+        return loss, logp, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple:
+        # A copy of dW per call only when there is something to scale: on CPU looking is free.
+        same = dloss.device.type == "cpu" and float(dloss) == 1.0
+        grads = [g if same else g * dloss.to(g.dtype) for g in ctx.saved_tensors]
+        return (
+            *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[:3], strict=True)),
+            *[None] * 5,
+        )
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # [B, T, H] or [N, H], fp32|bf16|fp16|fp64
+    weight: Tensor,  # [V, H] dtype of hidden
+    targets: Tensor,  # [B, T] or [N] int64
+    advantages: Tensor | None = None,  # [B], [B, 1] or [B, T]
+    *,
+    rewards: Tensor | None = None,  # [B], with groups [B] int64, instead of advantages
+    groups: Tensor | None = None,
+    objective: str | Objective = "grpo",
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """The fused loss: `policy_loss(linear_token_logprobs(...))` in one op, never [N, V].
+
+    `hidden` row i predicts `targets` row i (never shifted here). Targets of masked rows may hold
+    anything. Gradients flow to hidden, weight and bias, in their dtypes.
+
+    Raises ValueError / TypeError naming the argument, NonFiniteError for NaN logits in an active
+    row (on CPU). Everything masked or an empty batch: a zero that is connected to its inputs.
+    """
+    o = objectives.resolve(objective)
+    device, h2, hw = linear_inputs(hidden, weight, bias)
+    targets = _check.targets("targets", targets, hidden.shape[:-1])
+    advantages = _given_advantages(advantages, rewards, groups, o, backend)
+    scalars = (_check.positive("temperature", temperature), _check.softcap(softcap))
+    stats = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    o, rows = prepare(
+        targets.shape, device, o, advantages, old_logp, ref_logp, sampler_logp, mask, normalizer,
+        stats
+    )  # fmt: skip
+    live = rows[1] != 0
+    _check.target_range("targets", targets, weight.shape[0], live)
+    chosen = choose(backend, device, hidden.dtype)
+    if chosen == "torch":
+        loss, counts = linear_policy_loss_ref(hidden, weight, bias, targets, rows, o, *scalars)
+    elif o.row_local:
+        flat = tuple(None if t is None else t.reshape(-1).contiguous() for t in rows)
+        needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        needs = [n and torch.is_grad_enabled() for n in needs]
+        loss, _, counts = LinearPolicyLossFunction.apply(
+            h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs
+        )
+    else:
+        lp = linear_token_logprobs(
+            hidden, weight, targets.where(live, -100), bias=bias, temperature=temperature,
+            softcap=softcap, backend=chosen
+        )  # fmt: skip
+        return policy_loss(
+            lp.logp, rows[0], objective=o, old_logp=old_logp, ref_logp=ref_logp,
+            sampler_logp=sampler_logp, entropy=lp.entropy, mask=mask, normalizer=normalizer,
+            backend=chosen
+        )  # fmt: skip
+    _check.no_nan("hidden", loss.detach().reshape(1), "the loss (hidden, weight or bias)")
+    return PolicyLoss(loss, metrics_dict(counts))
+
+
+def _given_advantages(
+    advantages: Tensor | None,
+    rewards: Tensor | None,
+    groups: Tensor | None,
+    o: Objective,
+    backend: str | None,
+) -> Tensor:
+    if (advantages is None) == (rewards is None):
+        got = "both" if rewards is not None else "neither"
+        raise ValueError(f"advantages, rewards: got {got}; allowed: exactly one of them")
+    if advantages is not None:
+        return advantages
+    if groups is None:
+        raise ValueError("groups: got None; allowed: int64 ids [B] beside rewards")
+    return group_advantages(rewards, groups, estimator=o.advantage, backend=backend)  # type: ignore[arg-type]
+
+
+def _fake(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
+    def f32(*shape):  # type: ignore[no-untyped-def]
+        return hidden.new_empty(shape, dtype=torch.float32)
+
+    n = targets.shape[0]
+    return f32(), f32(n), f32(len(COUNTS)), *grads_like(hidden, weight, bias, rest[-1])
+
+
+define(
+    "linear_policy_loss_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    "Tensor advantages, Tensor row_weight, Tensor? old_logp, Tensor? ref_logp, "
+    "Tensor? sampler_logp, float temperature, float softcap, float[] objective, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)

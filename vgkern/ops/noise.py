@@ -1,0 +1,88 @@
+"""Noise that can be replayed: a counter stream keyed by *what* is sampled (formulas ours).
+
+    word(v) = Philox4x32-10(key = seed, counter = (v // 4, position, sequence_lo, sequence_hi))[v % 4]
+    u = min((word + 0.5) * 2^-32, 1 - 2^-24)          g = -log(-log1p(-u))      standard Gumbel
+
+No tile, batch, rank, device or order enters, so a training step regenerates the very noise that
+chose a token in a rollout from (seed, sequence, position). The form of g is fine near u = 0, where
+the argmax is decided; the usual -log(-log(u)) in fp32 is capped at 16.6, this one at 22.9.
+Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vgkern.ops import _check
+
+_MASK = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Address of the noise of every row of a sampling op.
+
+    Args:
+        seed: 0 <= seed < 2^64, one for a whole run.
+        sequence: int64 [...], id of the sampled sequence, >= 0, unique within the run.
+        position: int64 [...], index of the token in its sequence, 0 <= position < 2^32.
+
+    `sequence` and `position` broadcast against each other and to the rows of the op.
+    Raises TypeError or ValueError that names the field.
+    """
+
+    seed: int
+    sequence: Tensor
+    position: Tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"noise.seed: got {_check.describe(self.seed)}; allowed: an int")
+        if not 0 <= self.seed < 2**64:
+            raise _check.fail("noise.seed", self.seed, "0 <= seed < 2**64")
+        for name, x, top in (("sequence", self.sequence, None), ("position", self.position, 2**32)):
+            x = _check.tensor(f"noise.{name}", x, "an int64 tensor")
+            if x.dtype != torch.int64:
+                raise TypeError(f"noise.{name}: got {_check.describe(x)}; allowed: int64")
+            if x.device.type == "cpu" and x.numel():
+                low, high = int(x.min()), int(x.max())
+                if low < 0 or (top is not None and high >= top):
+                    allowed = f"0 <= {name}" + (" < 2**32" if top else "")
+                    raise _check.fail(f"noise.{name}", f"values {low} to {high}", allowed)
+
+    def rows(self, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(sequence, position), each int64 [N], broadcast to rows of `shape` and flattened."""
+        try:
+            s, p = self.sequence.expand(shape), self.position.expand(shape)
+        except RuntimeError:
+            got = f"sequence {list(self.sequence.shape)}, position {list(self.position.shape)}"
+            raise _check.fail("noise", got, f"shapes that broadcast to {list(shape)}") from None
+        return s.to(device).reshape(-1).contiguous(), p.to(device).reshape(-1).contiguous()
+
+    def words(self, vocab: int) -> Tensor:
+        """The random 32-bit words as int64 [..., vocab]."""
+        shape = torch.broadcast_shapes(self.sequence.shape, self.position.shape)
+        s, p = self.rows(shape, self.sequence.device)
+        quads = torch.arange((vocab + 3) // 4, device=s.device)
+        words = philox(self.seed, (quads, p[:, None], s[:, None] & _MASK, s[:, None] >> 32))
+        return torch.stack(words, -1).flatten(-2)[:, :vocab].reshape(*shape, vocab)
+
+    def gumbel(self, vocab: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard Gumbel noise [..., vocab]: the definition that every backend follows."""
+        u = ((self.words(vocab).double() + 0.5) * 2.0**-32).to(dtype).clamp(max=1 - 2.0**-24)
+        return -torch.log(-torch.log1p(-u))
+
+
+def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of broadcastable int64 counter words in [0, 2^32); four int64 words."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & _MASK, seed >> 32
+    for _ in range(10):
+        a, b = c0 * _M0, c2 * _M1  # wraps modulo 2^64: both halves are still right
+        c0, c1 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK
+        c2, c3 = ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3

@@ -1,0 +1,276 @@
+"""The policy loss of critic-free RL, from per-token log-probs: every knob of `Objective`.
+
+    loss = sum_i w_i l_i,   l = surrogate + beta KL - entropy_coef * entropy
+    w_i  = mask_i / (denominator of the objective's reduction, or `normalizer`)
+
+The log-ratio is selected by the mask before exp and clamped to +-20, so a masked or far-off token
+makes neither NaN nor a gradient. Token formulas: `vgkern.objectives`. No collectives: pass the
+global `normalizer` (tokens for "token", sequences for "seq" and "seq_sum", sequences times
+max_length for "fixed") and micro-batches, accumulation and ranks give the same gradient.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vgkern import objectives
+from vgkern.objectives import Objective
+from vgkern.ops import _check
+from vgkern.ops._backend import choose
+from vgkern.ops._library import define
+
+CLAMP = 20.0
+# what the backends count, in the order of their metrics tensor; sums and extremes over active rows
+COUNTS = ("tokens", "active", "clip_low", "clip_high", "dual_clip", "kl", "entropy", "ratio_mean",
+          "ratio_min", "ratio_max", "clamped", "sampler_gap")  # fmt: skip
+
+
+class PolicyLoss(NamedTuple):
+    """Scalar fp32 loss, and detached 0-d metrics (see `metrics_dict`)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def policy_loss_ref(
+    logp: Tensor,  # [..., T]
+    advantages: Tensor,  # broadcastable to logp
+    weight: Tensor,  # like logp: 0 where masked
+    o: Objective,
+    old: Tensor | None = None,
+    ref: Tensor | None = None,
+    sampler: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    m = weight != 0
+    lp = logp.where(m, 0)  # select before any exp: 0 * inf is NaN
+    old = (logp.detach() if old is None else old).where(m, 0)
+    d = lp - old
+    if o.ratio == "sequence":
+        d = (d.sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp(min=1)).expand_as(d)
+    r = d.clamp(-CLAMP, CLAMP).exp()
+    a = advantages.where(m, 0)
+    if o.surrogate == "clip":
+        capped = r if o.dual_clip is None else r.where((a >= 0) | (r <= o.dual_clip), o.dual_clip)
+        loss = -torch.minimum(capped * a, r.clamp(1 - o.clip_low, 1 + o.clip_high) * a)
+    else:
+        loss = -a * (lp if o.ratio == "none" else r)
+    gap = 0 * lp.detach() if sampler is None else (old - sampler).where(m, 0)
+    if o.sampler_correction != "none" and sampler is not None:
+        loss = loss * _correction(gap, o)
+    kl = _kl(0 * lp if ref is None else (ref - lp).where(m, 0), o)
+    loss = loss + o.beta * (kl * r if o.kl_ratio_corrected else kl)
+    ent = 0 * lp if entropy is None else entropy.where(m, 0)
+    total = (weight * (loss - o.entropy_coef * ent)).sum()
+    if sampler is not None:
+        gap = (lp - sampler).where(m, 0)
+    return total, _count(m, a, d, r, kl, ent, gap, o)
+
+
+def _correction(gap: Tensor, o: Objective) -> Tensor:
+    """Weight exp(old - sampler) against sampler/trainer mismatch, truncated or masked; detached."""
+    if o.sampler_correction.startswith("sequence"):
+        gap = gap.sum(-1, keepdim=True)
+    w = gap.detach().clamp(-CLAMP, CLAMP).exp()
+    if o.sampler_correction.endswith("truncate"):
+        return w.clamp(max=o.sampler_max)
+    return w.where(w <= o.sampler_max, 0)
+
+
+def _kl(e: Tensor, o: Objective) -> Tensor:
+    """Estimator of KL(policy || ref) from e = ref - logp."""
+    c = e.clamp(-CLAMP, CLAMP)
+    value = {"k1": -e, "k2": e**2 / 2, "k3": torch.expm1(c) - c, "abs": e.abs()}[o.kl]
+    return value.detach() + (e**2 / 2 - (e**2 / 2).detach()) if o.kl_straight_through else value
+
+
+def _count(
+    m: Tensor, a: Tensor, d: Tensor, r: Tensor, kl: Tensor, ent: Tensor, gap: Tensor, o: Objective
+) -> Tensor:
+    """The raw counts of `COUNTS`, detached. Rows with an exactly zero coefficient are not active:
+    the fused op never looks at their logits."""
+    live = m if o.beta or o.entropy_coef else m & (a != 0)
+    d, r, kl, ent, gap = (t.detach() for t in (d, r, kl, ent, gap))
+    clip = o.surrogate == "clip"
+    low = live & (a < 0) & (r < 1 - o.clip_low) & clip
+    high = live & (a > 0) & (r > 1 + o.clip_high) & clip
+    dual = live & (a < 0) & (r > (o.dual_clip or torch.inf)) & clip
+    n = live.sum()
+    none = (n == 0).to(r.dtype)
+    return torch.stack([
+        m.sum(), n, low.sum(), high.sum(), dual.sum(), kl.where(live, 0).sum(),
+        ent.where(live, 0).sum(), r.where(live, 0).sum(),
+        r.where(live, torch.inf).amin() if r.numel() else none,
+        r.where(live, -torch.inf).amax() if r.numel() else none,
+        (live & (d.abs() > CLAMP)).sum(), gap.where(live, 0).abs().amax() if gap.numel() else none,
+    ]).float()  # fmt: skip
+
+
+class PolicyLossFunction(torch.autograd.Function):
+    """`vgkern::policy_loss_fwd` makes the gradients with the loss; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logp: Tensor,  # [B, T]
+        entropy: Tensor | None,  # [B, T]
+        advantages: Tensor,  # [B, T]
+        weight: Tensor,  # [B, T]
+        logs: tuple[Tensor | None, Tensor | None, Tensor | None],  # old, ref, sampler
+        o: Objective,
+    ) -> tuple:
+        loss, dlogp, dentropy, counts = torch.ops.vgkern.policy_loss_fwd(
+            logp, advantages, weight, *logs, entropy, o.pack()
+        )
+        ctx.save_for_backward(dlogp, dentropy)
+        ctx.mark_non_differentiable(counts)
+        return loss, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple:
+        dlogp, dentropy = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return (
+            dlogp * dloss if needs[0] else None,
+            dentropy * dloss if needs[1] else None,
+            *[None] * 4,
+        )
+
+
+def policy_loss(
+    logp: Tensor,  # [B, T] or [N], fp32 or fp64, nats
+    advantages: Tensor,  # [B], [B, 1] or [B, T]; [N] for packed logp
+    *,
+    objective: str | Objective = "grpo",
+    old_logp: Tensor | None = None,  # like logp; None: on-policy, ratio 1 with a gradient
+    ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    entropy: Tensor | None = None,
+    mask: Tensor | None = None,  # like logp, bool or 0/1; None: every token counts
+    normalizer: float | Tensor | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """Loss of an objective over per-token log-probs, differentiable in logp and entropy.
+
+    Raises ValueError / TypeError naming the argument: wrong shapes or dtypes, an unknown objective,
+    beta > 0 without ref_logp, an entropy term without entropy, a correction without sampler_logp, a
+    sequence-level objective on packed [N] rows. Nothing active: a zero that is connected to logp.
+    """
+    logp = _check.floating("logp", logp)
+    o, rows = prepare(
+        logp.shape, logp.device, objective, advantages, old_logp, ref_logp, sampler_logp, mask,
+        normalizer, logp.dtype
+    )  # fmt: skip
+    if o.entropy_coef and entropy is None:
+        raise ValueError("entropy: got None; allowed: a tensor like logp when entropy_coef > 0")
+    if entropy is not None:
+        _check.rows_like("entropy", _check.floating("entropy", entropy), logp.shape)
+    if choose(backend, logp.device) == "torch" or logp.dtype != torch.float32:
+        loss, counts = policy_loss_ref(logp, *rows[:2], o, *rows[2:], entropy)
+    else:
+        two = tuple(None if t is None else _pair(t) for t in rows)
+        loss, counts = PolicyLossFunction.apply(
+            _pair(logp), None if entropy is None else _pair(entropy.float()), *two[:2], two[2:], o
+        )
+    return PolicyLoss(loss, metrics_dict(counts))
+
+
+def _pair(t: Tensor) -> Tensor:
+    """[B, T] contiguous; packed rows become one-token sequences."""
+    return (t if t.ndim == 2 else t.reshape(-1, 1)).contiguous()
+
+
+def prepare(
+    shape: torch.Size,
+    device: torch.device,
+    objective: str | Objective,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    sampler: Tensor | None,
+    mask: Tensor | None,
+    normalizer: float | Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Objective, tuple[Tensor, ...]]:
+    """Checks and broadcasts what every policy loss takes: (objective, (advantages, weight, old,
+    ref, sampler)), each detached and of `shape` (or None)."""
+    o = objectives.resolve(objective)
+    if len(shape) not in (1, 2):
+        raise _check.fail("logp", f"shape {list(shape)}", "[B, T] or packed [N]")
+    if len(shape) == 1 and (o.reduction in ("seq", "seq_sum") or not o.row_local):
+        raise _check.fail("logp", "packed [N] rows", "[B, T] for a sequence-level objective")
+    logs = []
+    for name, t in (("old_logp", old), ("ref_logp", ref), ("sampler_logp", sampler)):
+        if t is not None:
+            t = _check.rows_like(name, _check.floating(name, t), shape).detach().to(dtype)
+        logs.append(t)
+    if o.beta and ref is None:
+        raise ValueError("ref_logp: got None; allowed: a tensor like logp when beta > 0")
+    if o.sampler_correction != "none" and sampler is None:
+        allowed = f"a tensor like logp for sampler_correction {o.sampler_correction!r}"
+        raise ValueError(f"sampler_logp: got None; allowed: {allowed}")
+    m = torch.ones(shape, dtype=torch.bool, device=device)
+    if mask is not None:
+        m = _check.rows_like("mask", mask, shape) != 0
+    _check.same_device(logp=m.to(device), mask=m, advantages=advantages, old_logp=old, ref_logp=ref)
+    a = _advantages(advantages, shape, dtype)
+    if device.type == "cpu" and bool((~a.isfinite() & m).any()):
+        raise _check.NonFiniteError("advantages: got NaN or inf; allowed: finite numbers")
+    return o, (a, _weights(m, o, normalizer).to(dtype), *logs)
+
+
+def _advantages(advantages: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    a = _check.floating("advantages", advantages).detach().to(dtype)
+    if len(shape) == 2 and a.shape in ((shape[0],), (shape[0], 1)):
+        return a.reshape(-1, 1).expand(shape)
+    allowed = f"{list(shape)}" if len(shape) == 1 else f"[{shape[0]}], [{shape[0]}, 1], {[*shape]}"
+    return _check.rows_like("advantages", a, shape, allowed)
+
+
+def _weights(m: Tensor, o: Objective, normalizer: float | Tensor | None) -> Tensor:
+    """Row weights w_i of the reduction, fp64 until the end."""
+    w = m.double()
+    sequences = m.shape[0] if m.ndim == 2 else m.numel()
+    width = o.max_length or (m.shape[1] if m.ndim == 2 else 1)
+    if o.reduction == "seq":
+        w = w / w.sum(-1, keepdim=True).clamp(min=1)
+    local = {"token": m.sum(), "fixed": sequences * width, "sum": 1}.get(o.reduction, sequences)
+    by = local if normalizer is None else normalizer
+    if isinstance(by, Tensor):
+        return w / by.detach().to(m.device).double().clamp(min=1e-12)
+    if normalizer is not None:
+        _check.positive("normalizer", normalizer)
+    return w / max(by, 1e-12)
+
+
+def metrics_dict(counts: Tensor) -> dict[str, Tensor]:
+    """Detached 0-d metrics from raw counts, without a host sync.
+
+    tokens: unmasked; active: those with a possible gradient; clip_low, clip_high, dual_clip:
+    shares of active tokens whose gradient the clip removed; kl, entropy, ratio_mean: means over
+    active tokens (nats); ratio_min, ratio_max; clamped: count of |log-ratio| > 20; sampler_gap:
+    max |logp - sampler_logp|.
+    """
+    out = dict(zip(COUNTS, counts.detach().unbind(), strict=True))
+    n = out["active"].clamp(min=1)
+    for k in ("clip_low", "clip_high", "dual_clip", "kl", "entropy", "ratio_mean"):
+        out[k] = out[k] / n
+    for k in ("ratio_min", "ratio_max"):
+        out[k] = out[k].where(out["active"] > 0, 1.0)
+    return out
+
+
+define(
+    "policy_loss_fwd(Tensor logp, Tensor advantages, Tensor row_weight, Tensor? old_logp, "
+    "Tensor? ref_logp, Tensor? sampler_logp, Tensor? entropy, float[] objective) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    lambda logp, *rest: (
+        logp.new_empty(()),
+        torch.empty_like(logp),
+        torch.empty_like(logp),
+        logp.new_empty(len(COUNTS)),
+    ),
+)
