@@ -47,8 +47,8 @@ inline const float* f32_rows(const OptTensor& t, int64_t n, const char* name) {
 }
 
 inline const int64_t* i64_rows(const Tensor& t, int64_t n, const char* name) {
-  TORCH_CHECK(t.scalar_type() == at::kLong && t.is_contiguous() && t.numel() == n, "vgkern: ",
-              name, " must be contiguous int64 [", n, "]");
+  TORCH_CHECK(t.scalar_type() == at::kLong && t.is_contiguous() && t.numel() == n, "vgkern: ", name,
+              " must be contiguous int64 [", n, "]");
   return t.const_data_ptr<int64_t>();
 }
 

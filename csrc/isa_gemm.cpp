@@ -7,8 +7,8 @@ namespace {
 
 #if VG_W == 16
 
-constexpr int MR = 12;      // rows of hidden per panel: 12 x 2 accumulators + 2 operands
-constexpr int NL = 2 * W;   // vocabulary columns per block
+constexpr int MR = 12;     // rows of hidden per panel: 12 x 2 accumulators + 2 operands
+constexpr int NL = 2 * W;  // vocabulary columns per block
 
 int64_t panel_floats(int64_t c, int64_t h) { return (c + MR - 1) / MR * MR * (h + 2); }
 
@@ -92,8 +92,7 @@ void transpose(Dtype t, bool pairs, const void* w, int64_t ld, int64_t n, int64_
     }
     for (int64_t k = whole; k < units; ++k)
       for (int r = 0; r < W; ++r)
-        o[k * NL + r] =
-            r < rows ? unit(t, pairs, at(t, w, (half * W + r) * ld), k, h) : 0.f;
+        o[k * NL + r] = r < rows ? unit(t, pairs, at(t, w, (half * W + r) * ld), k, h) : 0.f;
   }
 }
 
@@ -126,9 +125,8 @@ void panel_f32(const float* a, const float* b, int64_t units, int64_t n, float* 
 }
 
 template <int M>
-__attribute__((target("avx512bf16"))) void panel_bf16(const float* a, const float* b,
-                                                      int64_t units, int64_t n, float* out,
-                                                      int64_t ldo) {
+__attribute__((target("avx512bf16"))) void panel_bf16(const float* a, const float* b, int64_t units,
+                                                      int64_t n, float* out, int64_t ldo) {
   __m512 acc[M][2];
 #pragma GCC unroll 12
   for (int r = 0; r < M; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
@@ -151,8 +149,7 @@ __attribute__((target("avx512bf16"))) void panel_bf16(const float* a, const floa
 }
 
 typedef void (*Panel)(const float*, const float*, int64_t, int64_t, float*, int64_t);
-#define VG_PANELS(f) \
-  {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>, f<9>, f<10>, f<11>, f<12>}
+#define VG_PANELS(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>, f<9>, f<10>, f<11>, f<12>}
 const Panel kF32Panels[MR] = VG_PANELS(panel_f32), kBF16Panels[MR] = VG_PANELS(panel_bf16);
 
 void block(Dtype t, bool pairs, const void* weight, int64_t ld, int64_t n, const float* panels,

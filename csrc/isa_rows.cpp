@@ -67,6 +67,7 @@ void transform(float* x, int64_t n, int64_t v0, const Transform& t) {
       vf series = s * (1.f + q * (-0.333333333f + q * (0.133333333f + q * -0.0539682540f)));
       vf th = s < 0.15f ? series : (1.f - e) / (1.f + e);
       vf z = (v < 0.f ? -th : th) * scale;
+      z = v < -3e38f ? vset(-kInf) : z;  // a blocked id stays blocked
       if (j + W <= n)
         store(x + j, z);
       else
@@ -143,7 +144,10 @@ void grad(const float* z, float* dst, int64_t n, float lse, float a, float b, co
     vf x = whole ? load(z + j) : load_part(z + j, n - j, 0.f);
     vf d = x - l;
     vf g = vexp(d) * (va + vb * (d < -1e30f ? vset(-1e30f) : d));
-    if (t.softcap != 0.f) g = g * (1.f - (x * k) * (x * k));
+    if (t.softcap != 0.f) {
+      vf s = x < -3e38f ? vset(0.f) : x * k;
+      g = g * (1.f - s * s);
+    }
     if (whole)
       store(dst + j, g);
     else
@@ -166,8 +170,7 @@ void race(const float* z, int64_t n, int64_t v0, const RaceKey& key, RaceState& 
     if (m > s.best || s.best_id < 0) {
       int64_t j = 0;
       while (j + 1 < n && !(z[j] >= m)) ++j;
-      if (m > s.best || (s.best_id < 0 && z[j] >= m))
-        s.best = s.best_z = m, s.best_id = v0 + j;
+      if (m > s.best || (s.best_id < 0 && z[j] >= m)) s.best = s.best_z = m, s.best_id = v0 + j;
     }
     if (std::isnan(m)) s.sum = m;
     return;

@@ -251,7 +251,8 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   int64_t* source = room(space_->source, chunk_);
   int64_t live = k.count;
   auto dead = [&](int64_t i) {
-    return (c[i] == 0.f && e[i] == 0.f) || k.stats[i].logp == -std::numeric_limits<float>::infinity();
+    return (c[i] == 0.f && e[i] == 0.f) ||
+           k.stats[i].logp == -std::numeric_limits<float>::infinity();
   };
   for (int64_t d = 0; d < live; ++d) {
     source[d] = d;

@@ -14,7 +14,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
     double temperature, double softcap, c10::List<double> knobs, c10::List<bool> needs) {
   Head head(hidden, weight, bias, temperature, softcap);
   const Objective o(knobs);
-  TORCH_CHECK(o.ratio != 2 && o.correction < 3, "vgkern: a sequence-level objective needs all rows");
+  TORCH_CHECK(o.ratio != 2 && o.correction < 3,
+              "vgkern: a sequence-level objective needs all rows");
   Tensor tgt = targets.contiguous();
   const int64_t* y = i64_rows(tgt, head.n, "targets");
   const float* adv = f32_rows(advantages, head.n, "advantages");

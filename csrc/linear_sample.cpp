@@ -110,12 +110,9 @@ static std::tuple<Tensor, Tensor, Tensor> linear_sample_fwd(
         if (!t.plain()) rows().transform(x, m, v0, t);
         if (cut.any() && temp[row] != 0.f) truncate(x, m, cut);
         const uint64_t s = uint64_t(seq[row]);
-        const RaceKey key{uint32_t(uint64_t(seed)),
-                          uint32_t(uint64_t(seed) >> 32),
-                          uint32_t(pos[row]),
-                          uint32_t(s),
-                          uint32_t(s >> 32),
-                          temp[row] == 0.f};
+        const RaceKey key{uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32),
+                          uint32_t(pos[row]),       uint32_t(s),
+                          uint32_t(s >> 32),        temp[row] == 0.f};
         rows().race(x, m, v0, key, state[i]);
       });
     }
@@ -127,7 +124,8 @@ static std::tuple<Tensor, Tensor, Tensor> linear_sample_fwd(
       const float nan = std::numeric_limits<float>::quiet_NaN();
       logp.data_ptr<float>()[r0 + i] =
           bad ? nan : (greedy ? 0.f : (s.best_z - s.max) - std::log(s.sum));
-      entropy.data_ptr<float>()[r0 + i] = bad ? nan : (greedy ? 0.f : std::log(s.sum) - s.dot / s.sum);
+      entropy.data_ptr<float>()[r0 + i] =
+          bad ? nan : (greedy ? 0.f : std::log(s.sum) - s.dot / s.sum);
     }
   }
   return {token, logp, entropy};

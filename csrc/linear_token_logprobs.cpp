@@ -2,12 +2,12 @@
 
 namespace vgkern {
 
-static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_fwd(
-    const Tensor& hidden,   // [N, H]
-    const Tensor& weight,   // [V, H]
-    const OptTensor& bias,  // [V]
-    const Tensor& targets,  // [N]
-    double temperature, double softcap, int64_t ignore_index) {
+static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_fwd(const Tensor& hidden,   // [N, H]
+                                                              const Tensor& weight,   // [V, H]
+                                                              const OptTensor& bias,  // [V]
+                                                              const Tensor& targets,  // [N]
+                                                              double temperature, double softcap,
+                                                              int64_t ignore_index) {
   Head head(hidden, weight, bias, temperature, softcap);
   Tensor tgt = targets.contiguous();
   const int64_t* y = i64_rows(tgt, head.n, "targets");

@@ -33,8 +33,8 @@ struct Counts {
   float gap = 0;
   static constexpr int kSize = 12;
   void write(float* o) const {
-    const double v[kSize] = {tokens, active, low,       high,      dual,    kl,
-                             entropy, ratio, ratio_min, ratio_max, clamped, gap};
+    const double v[kSize] = {tokens,  active, low,       high,      dual,    kl,
+                             entropy, ratio,  ratio_min, ratio_max, clamped, gap};
     for (int i = 0; i < kSize; ++i) o[i] = float(v[i]);
   }
 };

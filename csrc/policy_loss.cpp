@@ -1,6 +1,5 @@
-#include "objective.h"
-
 #include "common.h"
+#include "objective.h"
 
 namespace vgkern {
 
@@ -46,8 +45,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
       float fix = 1.f;
       if (sam) fix = correction_weight(o.correction >= 3 ? float(mismatch) : before - sam[i], o);
       const float d = o.ratio == 2 ? mean : (old ? lp[i] - before : 0.f);
-      const TokenLoss t =
-          token_loss(lp[i], adv[i], d, ref ? ref[i] - lp[i] : 0.f, ref, fix, o, n);
+      const TokenLoss t = token_loss(lp[i], adv[i], d, ref ? ref[i] - lp[i] : 0.f, ref, fix, o, n);
       loss += w[i] * (t.value - (ent ? double(o.entropy_coef) * ent[i] : 0.0));
       dl[i] = w[i] * t.slope;
       pending += double(w[i]) * t.sequence_slope;

@@ -1,4 +1,5 @@
-// Row kernels on fp32 tiles: one table of function pointers per instruction set, chosen at run time.
+// Row kernels on fp32 tiles: one table of function pointers per instruction set, chosen at run
+// time.
 #pragma once
 #include <cstdint>
 

@@ -1,1 +1,1 @@
-"""The ops, one file each; every file reads top to bottom: formula, reference, Function, function."""
+"""The ops, one file each; every reads top to bottom: formula, reference, Function, op."""

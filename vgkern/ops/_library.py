@@ -1,5 +1,5 @@
-"""The `vgkern::` operators: schemas and fake kernels live here and in the op files; C++ (and later
-CUDA) implementations register themselves under their dispatch keys when the native library loads."""
+"""The `vgkern::` operators: schemas and fake kernels live here and in the op files. The C++ (and
+later CUDA) implementations register under their dispatch keys when the native library loads."""
 
 from collections.abc import Callable
 from typing import Any

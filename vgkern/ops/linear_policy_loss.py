@@ -50,7 +50,8 @@ def linear_policy_loss_ref(
 ) -> tuple[Tensor, Tensor]:
     targets = targets.where(rows[1] != 0, -100)
     lp = linear_token_logprobs_ref(hidden, weight, bias, targets, temperature, softcap)
-    return policy_loss_ref(lp.logp, *rows[:2], o, *rows[2:], lp.entropy)
+    a, w, old, ref, sampler = rows
+    return policy_loss_ref(lp.logp, a, w, o, old, ref, sampler, lp.entropy)
 
 
 class LinearPolicyLossFunction(torch.autograd.Function):
@@ -120,6 +121,7 @@ def linear_policy_loss(
     o = objectives.resolve(objective)
     device, h2, hw = linear_inputs(hidden, weight, bias)
     targets = _check.targets("targets", targets, hidden.shape[:-1])
+    _check.same_device(hidden=hidden, targets=targets)
     advantages = _given_advantages(advantages, rewards, groups, o, backend)
     scalars = (_check.positive("temperature", temperature), _check.softcap(softcap))
     stats = torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -110,7 +110,7 @@ def linear_token_logprobs(
 def linear_inputs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[torch.device, Tensor, Tensor]:
-    """Checks of every linear_* op; returns device, hidden as [N, H], weight, unit-stride columns."""
+    """Checks of every linear_* op: device, hidden as [N, H] and weight with unit-stride columns."""
     hidden, weight = _check.floating("hidden", hidden), _check.floating("weight", weight, 2)
     if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or weight.numel() == 0:
         got = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}"

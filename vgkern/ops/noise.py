@@ -1,6 +1,7 @@
 """Noise that can be replayed: a counter stream keyed by *what* is sampled (formulas ours).
 
-    word(v) = Philox4x32-10(key = seed, counter = (v // 4, position, sequence_lo, sequence_hi))[v % 4]
+    word(v) = Philox4x32-10(key = seed,
+                            counter = (v // 4, position, sequence_lo, sequence_hi))[v % 4]
     u = min((word + 0.5) * 2^-32, 1 - 2^-24)          g = -log(-log1p(-u))      standard Gumbel
 
 No tile, batch, rank, device or order enters, so a training step regenerates the very noise that

@@ -160,6 +160,7 @@ def policy_loss(
     sequence-level objective on packed [N] rows. Nothing active: a zero that is connected to logp.
     """
     logp = _check.floating("logp", logp)
+    logp = logp if logp.dtype == torch.float64 else logp.float()
     o, rows = prepare(
         logp.shape, logp.device, objective, advantages, old_logp, ref_logp, sampler_logp, mask,
         normalizer, logp.dtype
@@ -168,8 +169,10 @@ def policy_loss(
         raise ValueError("entropy: got None; allowed: a tensor like logp when entropy_coef > 0")
     if entropy is not None:
         _check.rows_like("entropy", _check.floating("entropy", entropy), logp.shape)
-    if choose(backend, logp.device) == "torch" or logp.dtype != torch.float32:
-        loss, counts = policy_loss_ref(logp, *rows[:2], o, *rows[2:], entropy)
+        _check.same_device(logp=logp, entropy=entropy)
+    if choose(backend, logp.device, logp.dtype) == "torch":
+        a, w, old, ref, sampler = rows
+        loss, counts = policy_loss_ref(logp, a, w, o, old, ref, sampler, entropy)
     else:
         two = tuple(None if t is None else _pair(t) for t in rows)
         loss, counts = PolicyLossFunction.apply(
@@ -194,7 +197,7 @@ def prepare(
     mask: Tensor | None,
     normalizer: float | Tensor | None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Objective, tuple[Tensor, ...]]:
+) -> tuple[Objective, tuple[Any, ...]]:
     """Checks and broadcasts what every policy loss takes: (objective, (advantages, weight, old,
     ref, sampler)), each detached and of `shape` (or None)."""
     o = objectives.resolve(objective)
@@ -202,7 +205,11 @@ def prepare(
         raise _check.fail("logp", f"shape {list(shape)}", "[B, T] or packed [N]")
     if len(shape) == 1 and (o.reduction in ("seq", "seq_sum") or not o.row_local):
         raise _check.fail("logp", "packed [N] rows", "[B, T] for a sequence-level objective")
-    logs = []
+    same = {"old_logp": old, "ref_logp": ref, "sampler_logp": sampler, "mask": mask}
+    for name, t in {"advantages": advantages, **same}.items():
+        if isinstance(t, Tensor) and t.device != device:
+            raise _check.fail(name, f"a tensor on {t.device}", f"{device}, the device of logp")
+    logs: list[Tensor | None] = []
     for name, t in (("old_logp", old), ("ref_logp", ref), ("sampler_logp", sampler)):
         if t is not None:
             t = _check.rows_like(name, _check.floating(name, t), shape).detach().to(dtype)
@@ -215,7 +222,6 @@ def prepare(
     m = torch.ones(shape, dtype=torch.bool, device=device)
     if mask is not None:
         m = _check.rows_like("mask", mask, shape) != 0
-    _check.same_device(logp=m.to(device), mask=m, advantages=advantages, old_logp=old, ref_logp=ref)
     a = _advantages(advantages, shape, dtype)
     if device.type == "cpu" and bool((~a.isfinite() & m).any()):
         raise _check.NonFiniteError("advantages: got NaN or inf; allowed: finite numbers")
@@ -237,8 +243,8 @@ def _weights(m: Tensor, o: Objective, normalizer: float | Tensor | None) -> Tens
     width = o.max_length or (m.shape[1] if m.ndim == 2 else 1)
     if o.reduction == "seq":
         w = w / w.sum(-1, keepdim=True).clamp(min=1)
-    local = {"token": m.sum(), "fixed": sequences * width, "sum": 1}.get(o.reduction, sequences)
-    by = local if normalizer is None else normalizer
+    local: dict[str, Any] = {"token": m.sum(), "fixed": sequences * width, "sum": 1}
+    by = local.get(o.reduction, sequences) if normalizer is None else normalizer
     if isinstance(by, Tensor):
         return w / by.detach().to(m.device).double().clamp(min=1e-12)
     if normalizer is not None:

@@ -1,0 +1,114 @@
+# `make train` and `make test` do all of their own set-up, in .venv; the second time they start at
+# once. Variables:
+#   ARGS="..."        passed to `python -m vgkern train`, or to pytest
+#   PYTHON=python3.12 the interpreter of .venv (default: the first of 3.11 or newer)
+#   TORCH_INDEX=URL   where torch's wheel comes from, for example
+#                     https://download.pytorch.org/whl/cu130; `pip` for pip's own index.
+#                     Default: the CPU wheels on Linux without an NVIDIA GPU, else pip's own index.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PYTHON ?=
+ARGS ?=
+CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+
+# A stamp is named by what it stands for, so that a change of content, and only that, makes it old.
+hash = $(shell (echo '$(CURDIR)'; cat $(1)) | cksum | cut -d' ' -f1)
+SETUP := $(call hash,pyproject.toml constraints.txt)
+TRAIN_STAMP := $(VENV)/.vgkern-train-$(SETUP)
+TEST_STAMP := $(VENV)/.vgkern-test-$(SETUP)
+NATIVE_STAMP := $(VENV)/.vgkern-native-$(SETUP)-$(call hash,$(CSRC) vgkern/ops/_compile.py)
+
+# Without native kernels everything still runs: the reason is said here, once.
+native = test -e $(NATIVE_STAMP) || { echo '== native kernels'; \
+  $(PY) -m vgkern build && touch $(NATIVE_STAMP); } || \
+  { echo '== so the torch backend runs: slower, same results'; false; }
+
+.PHONY: help train test lint build bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make train   train a small language model with RL        (ARGS="--help": every setting)'
+	@echo 'make test    ruff, mypy, clang-format, then pytest       (ARGS="-k sample": some of them)'
+	@echo 'make lint    ruff, mypy, clang-format'
+	@echo 'make build   compile the native kernels now'
+ifneq ($(wildcard benchmarks/run.py),)
+	@echo 'make bench   time every op against the others'
+endif
+	@echo 'make clean   remove .venv, build/, dist/ and tool caches  (runs/ stays)'
+
+train: $(TRAIN_STAMP)
+	@$(native) || export VGKERN_BACKEND="$${VGKERN_BACKEND:-torch}"; \
+	exec $(PY) -m vgkern train $(ARGS)
+
+test: lint
+	@$(native) || true
+	@echo '== pytest'
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(TEST_STAMP)
+	@echo '== ruff'
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check . || { $(PY) -m ruff format --check .; exit 1; }
+	@echo '== mypy'
+	@$(PY) -m mypy --no-error-summary
+ifneq ($(CSRC),)
+	@echo '== clang-format'
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+endif
+
+build: $(TRAIN_STAMP)
+	@$(PY) -m vgkern build && touch $(NATIVE_STAMP)
+
+ifneq ($(wildcard benchmarks/run.py),)
+bench: $(TRAIN_STAMP)
+	@$(native) || true
+	@$(PY) benchmarks/run.py $(ARGS)
+endif
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(TRAIN_STAMP): | $(VENV)/.vgkern-torch-$(SETUP)
+	@echo '== the packages for training (pyproject.toml, constraints.txt)'
+	@$(PIP) -e '.[train]'
+	@touch $@
+
+$(TEST_STAMP): | $(VENV)/.vgkern-torch-$(SETUP)
+	@echo '== the packages for training and tests (pyproject.toml, constraints.txt)'
+	@$(PIP) -e '.[train,dev]'
+	@touch $@ $(TRAIN_STAMP)
+
+# torch comes first and alone: only it is looked for on its index. pip waits minutes for an index
+# that does not answer, so one question is asked first.
+$(VENV)/.vgkern-torch-$(SETUP): | $(PY)
+	@index='$(TORCH_INDEX)'; \
+	if [ -z "$$index" ] && [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia ] \
+	    && ! command -v nvidia-smi >/dev/null; then \
+	  if $(PY) -c 'import sys, urllib.request as u; \
+u.urlopen(u.Request(sys.argv[1] + "/torch/", method="HEAD"), timeout=3)' $(CPU_INDEX) 2>/dev/null; \
+	  then index=$(CPU_INDEX); \
+	  else echo '== $(CPU_INDEX) does not answer: torch comes from the index of pip'; fi; \
+	fi; \
+	if [ -z "$$index" ] || [ "$$index" = pip ]; then \
+	  echo '== torch (a CUDA wheel is several GB)'; $(PIP) torch; \
+	else \
+	  echo "== torch from $$index (a CPU wheel is about 200 MB)"; \
+	  $(PIP) --extra-index-url "$$index" torch; \
+	fi
+	@touch $@
+
+$(PY):
+	@for p in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "== $(VENV) by $$p"; \
+	    $$p -m venv --clear $(VENV) && exit 0; \
+	    echo "make: '$$p -m venv' failed. On Debian and Ubuntu: apt install python3-venv"; \
+	    rm -rf $(VENV); exit 1; \
+	  fi; \
+	  if [ "$$p" = "$(PYTHON)" ]; then break; fi; \
+	done; echo 'make: Python 3.11 or newer is needed, and is not on the PATH as python3 or' \
+	  'python3.11 ... python3.14; install it or name one: make PYTHON=/path/to/python'; exit 1

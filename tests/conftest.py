@@ -1,0 +1,74 @@
+"""Shared by every test: backends, NaN-poisoned memory, the table of measured ratios."""
+
+import pytest
+import torch
+
+from vgkern.ops import _native
+
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--ratios", action="store_true", help="print error(backend) / error(eager)")
+
+
+def native_missing() -> str | None:
+    """Why the cpu backend cannot run here, or None."""
+    try:
+        _native.load()
+    except _native.NativeError as e:
+        return str(e)
+    return None
+
+
+def skip_unless_runs(backend: str) -> None:
+    why = native_missing() if backend == "cpu" else None
+    if why:
+        pytest.skip(f"no native kernels: {why}")
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def backend(request):
+    """Each backend in turn; cpu skips where there is no native library."""
+    skip_unless_runs(request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """`torch.empty`, at::empty included, is NaN (int: the largest): no unwritten output passes."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the old one comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+RATIOS: list = []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--ratios") or not RATIOS:
+        return
+    worst: dict = {}
+    for r in RATIOS:
+        key = (r.op, r.backend, r.dtype, r.tensor)
+        if key not in worst or r.used > worst[key].used:
+            worst[key] = r
+    line = terminalreporter.write_line
+    terminalreporter.section("error(backend) / error(eager), worst case; allowed 2 plus the floor")
+    line("| op | backend | dtype | tensor | error | eager | ratio | share allowed | case |")
+    line("|---|---|---|---|---|---|---|---|---|")
+    for (op, backend, dtype, tensor), r in sorted(worst.items()):
+        ratio = f"{r.error / r.eager:.2f}" if r.eager else "-"
+        line(
+            f"| {op} | {backend} | {dtype} | {tensor} | {r.error:.1e} | {r.eager:.1e} | {ratio} "
+            f"| {r.used:.2f} | {r.case} |"
+        )

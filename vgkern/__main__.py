@@ -1,0 +1,67 @@
+"""`python -m vgkern train | build | doctor`. Each command imports only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+COMMANDS = {
+    "train": "train a language model with RL (--help lists every setting)",
+    "build": "compile the native kernels now, into the cache",
+    "doctor": "say what runs here: backends, compiler, cache",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vgkern",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    given, rest = sys.argv[1:] if arguments is None else arguments, []
+    if given and given[0] in COMMANDS:  # the rest belongs to the command, --help included
+        given, rest = given[:1], given[1:]
+    command = parser.parse_args(given).command
+    return train(rest) if command == "train" else native(command, rest)
+
+
+def train(arguments: list[str]) -> int:
+    from vgkern.train.config import load_config
+    from vgkern.train.errors import RunError
+
+    try:
+        config = load_config(arguments)
+        from vgkern.train.run import train as run  # after the flags: --help needs no torch
+
+        run(config)
+    except RunError as error:
+        print(f"vgkern train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nvgkern train: interrupted; metrics so far are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def native(command: str, arguments: list[str]) -> int:
+    from vgkern.ops import _native
+
+    parser = argparse.ArgumentParser(
+        prog=f"python -m vgkern {command}", description=COMMANDS[command]
+    )
+    parser.parse_args(arguments)
+    try:
+        if command == "build":
+            print(_native.build())
+            return 0
+        for name, value in _native.status().items():
+            print(f"{name:<12} {value}")
+    except _native.NativeError as error:
+        print(f"vgkern {command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Weights, config and tokenizer in one folder, written whole or not at all. No pickle.
+
+A folder appears under its name only when everything in it is on disk: it is written under a
+temporary name beside it, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from .errors import CheckpointError
+from .policy import Policy, Tokenizer
+
+if TYPE_CHECKING:
+    from .config import Config
+
+
+def save_checkpoint(policy: Policy, tokenizer: Tokenizer, folder: str | Path) -> None:
+    """`folder` must not exist yet."""
+    folder = Path(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already; nothing was overwritten")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        policy.save(str(partial))
+        tokenizer.save(str(partial))
+        for path in sorted(partial.rglob("*")):
+            _sync(path)
+        _sync(partial)
+        os.replace(partial, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_policy(path: str) -> tuple[Policy, Tokenizer]:
+    """A folder of this trainer, or any Hugging Face causal LM (folder or name)."""
+    from .model import KIND, Decoder
+    from .tokenizer import CharTokenizer
+
+    config = Path(path, "config.json")
+    try:
+        kind = json.loads(config.read_text()).get("kind") if config.is_file() else None
+        if kind == KIND:
+            return Decoder.load(path), CharTokenizer.load(path)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
+    from .hf_load import load
+
+    return load(path)
+
+
+def new_policy(config: Config) -> tuple[Policy, Tokenizer]:
+    """A small decoder with random weights, and its tokenizer."""
+    from .model import Decoder, Shape
+    from .tokenizer import CharTokenizer
+
+    tokenizer = CharTokenizer()
+    shape = Shape(
+        tokenizer.vocab, config.width, config.layers, config.heads, config.mlp, config.context
+    )
+    return Decoder(shape, tokenizer.blocked, config.seed), tokenizer

@@ -1,0 +1,173 @@
+"""The trainer's configuration: one flat frozen dataclass, a TOML file, then flags.
+
+`python -m vgkern train --config run.toml --lr 2e-4` reads the file, then the flags. Every field is
+a flag; `metadata` holds its help and the values it may take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+
+def _option(
+    default: Any, text: str, low: float | None = None, high: float | None = None, **extra: Any
+) -> Any:
+    return field(default=default, metadata={"help": text, "low": low, "high": high, **extra})
+
+
+@dataclass(frozen=True)
+class Config:
+    task: str = _option("sort", "sort, reverse, addition or reasoning_gym:NAME")
+    task_options: str = _option("{}", "options of the task, as JSON: '{\"max_length\": 10}'")
+    few_shot: int = _option(0, "fixed examples before every question (reasoning_gym)", 0)
+    model: str = _option("", "checkpoint folder, or a Hugging Face name; empty: a new small model")
+    out: str = _option("", "output folder; empty: runs/<task>-<time>")
+    seed: int = _option(0, "seed of weights, data order and sampling", 0)
+    threads: int = _option(1, "CPU threads; small models gain nothing from more", 1)
+
+    width: int = _option(128, "model width of a new model", 8)
+    layers: int = _option(3, "its layers", 1)
+    heads: int = _option(4, "its attention heads", 1)
+    mlp: int = _option(384, "its MLP width", 8)
+    context: int = _option(128, "its longest sequence", 4)
+
+    warm_target: float = _option(0.12, "warm start until this sampled pass@1; 0: none", 0, 1)
+    warm_wrong: float = _option(0.65, "share of demonstrations by a teacher who is wrong", 0, 1)
+    warm_steps: int = _option(1000, "give up warming after so many steps", 1)
+    warm_batch: int = _option(128, "demonstrations per step", 1)
+    warm_lr: float = _option(2e-3, "learning rate of the warm start", 0)
+
+    steps: int = _option(80, "RL steps", 0)
+    prompts: int = _option(32, "prompts per step", 1)
+    group: int = _option(8, "samples per prompt", 2)
+    temperature: float = _option(1.0, "sampling temperature, in sampler and loss alike", 1e-3)
+    objective: str = _option("grpo", "preset of vgkern.objectives")
+    clip_low: float = _option(0.0, "ratio clipped below 1 - clip_low; 0: as the objective", 0, 1)
+    clip_high: float = _option(0.0, "ratio clipped above 1 + clip_high; 0: as the objective", 0)
+    beta: float = _option(0.0, "weight of the KL to the starting policy", 0)
+    lr: float = _option(1e-4, "learning rate", 0)
+    lr_warmup: int = _option(10, "steps of linear warm-up", 0)
+    lr_final: float = _option(1.0, "the last step's learning rate, as a share of lr", 0, 1)
+    weight_decay: float = _option(0.0, "AdamW's weight decay", 0)
+    grad_clip: float = _option(1.0, "largest gradient norm", 0)
+    updates_per_batch: int = _option(1, "optimizer steps on each batch of samples", 1)
+    micro_prompts: int = _option(0, "prompts per backward pass; 0: all at once", 0)
+    shuffle_rewards: bool = _option(False, "control: rewards dealt to random samples")
+
+    eval_every: int = _option(10, "steps between evaluations", 1)
+    eval_prompts: int = _option(256, "held-out prompts", 1)
+    eval_seed: int = _option(0, "which held-out prompts", 0)
+    save_every: int = _option(0, "steps between checkpoints; 0: only at the end", 0)
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            _check(spec, getattr(self, spec.name))
+        if not isinstance(self.options, dict):
+            raise ConfigError(f"task_options: got {self.task_options!r}; allowed: a JSON object")
+
+    @property
+    def options(self) -> Any:
+        try:
+            return json.loads(self.task_options)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"task_options: got {self.task_options!r}; allowed: a JSON object ({error})"
+            ) from None
+
+    def show(self) -> str:
+        width = max(len(spec.name) for spec in dataclasses.fields(self))
+        lines = []
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            changed = "" if value == spec.default else f"   (default {spec.default!r})"
+            lines.append(f"  {spec.name:<{width}}  {value!r}{changed}")
+        return "\n".join(lines)
+
+
+def _check(spec: dataclasses.Field[Any], value: Any) -> None:
+    kind = type(spec.default)
+    if type(value) is not kind:
+        raise ConfigError(f"{spec.name}: got {value!r}; allowed: {kind.__name__}")
+    if kind in (int, float):
+        low, high = spec.metadata["low"], spec.metadata["high"]
+        above = low is None or value >= low
+        below = high is None or value <= high
+        if not (above and below) or value != value or value in (float("inf"), float("-inf")):
+            words = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
+            raise ConfigError(f"{spec.name}: got {value}; allowed: {' and '.join(words)}, finite")
+
+
+def _convert(spec: dataclasses.Field[Any], value: Any) -> Any:
+    """A TOML value or a flag's text, as the field's type; 1 is a fine float, "1" is not."""
+    kind = type(spec.default)
+    if kind is float and type(value) is int:
+        return float(value)
+    if spec.name == "task_options" and isinstance(value, dict):
+        return json.dumps(value)
+    return value
+
+
+def _flag(kind: type, text: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"got {text!r}; allowed: true, false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: {kind.__name__}") from None
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(names)}"
+
+
+def from_dict(values: dict[str, Any], source: str) -> Config:
+    specs = {spec.name: spec for spec in dataclasses.fields(Config)}
+    for name in values:
+        if name not in specs:
+            raise ConfigError(f"{source}: no setting {name!r}; {_nearest(name, list(specs))}")
+    return Config(**{name: _convert(specs[name], value) for name, value in values.items()})
+
+
+def load_config(arguments: list[str]) -> Config:
+    """`--config FILE` first, then every other flag over it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vgkern train", allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file; flags go over it")
+    for spec in dataclasses.fields(Config):
+        kind = type(spec.default)
+        parser.add_argument(
+            "--" + spec.name.replace("_", "-"),
+            dest=spec.name,
+            metavar=kind.__name__.upper(),
+            type=functools.partial(_flag, kind),
+            help=f"{spec.metadata['help']} (default: {spec.default!r})".replace("%", "%%"),
+        )
+    flags, unknown = parser.parse_known_args(arguments)
+    names = [spec.name.replace("_", "-") for spec in dataclasses.fields(Config)]
+    for word in unknown:
+        bare = word.removeprefix("--").split("=")[0]
+        raise ConfigError(f"no flag {word!r}; {_nearest(bare, names)}")
+    given = vars(flags)
+    values: dict[str, Any] = {}
+    path = given.pop("config", None)
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"--config {path}: {error}") from None
+        from_dict(values, path)  # so that an error names the file
+    return from_dict({**values, **given}, "flags")

@@ -1,0 +1,94 @@
+"""Batched sampling. Every token is drawn with noise that its own coordinates replay.
+
+The noise of a token depends on (seed, sequence, position) and nothing else, so a completion is the
+same whatever else is in the batch, and a run can be replayed from its metrics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import vgkern
+
+from .policy import Policy, Tokenizer
+from .tasks import Entry, Task, checked_score
+
+
+class Rollout(NamedTuple):
+    """Completions of P prompts, G each; R = P*G rows, w = the longest completion."""
+
+    tokens: Tensor  # [R, w] int64, 0 past a row's length
+    logp: Tensor  # [R, w] fp32, 0 past a row's length
+    lengths: Tensor  # [R] int64, end of sequence included
+    finished: Tensor  # [R] bool: ended by itself, not cut off
+
+    @property
+    def mask(self) -> Tensor:  # [R, w] bool
+        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
+
+    def select(self, rows: Tensor) -> Rollout:
+        return Rollout(*(field[rows] for field in self))
+
+
+def generate(
+    policy: Policy,
+    prompts: list[list[int]],
+    stops: tuple[int, ...],
+    *,
+    group: int,
+    max_new: int,
+    seed: int,
+    sequence: Tensor,  # [R] int64, unique over the run
+    temperature: float = 1.0,  # 0: greedy
+) -> Rollout:
+    """Sample until the end of sequence or `max_new` tokens. The last token is kept and trained."""
+    rows = len(prompts) * group
+    tokens = torch.zeros(rows, max_new, dtype=torch.int64)
+    logp = torch.zeros(rows, max_new)
+    lengths = torch.full((rows,), max_new)
+    finished = torch.zeros(rows, dtype=torch.bool)
+    live = torch.arange(rows)
+    stop = torch.tensor(stops)
+    with torch.inference_mode():
+        head = policy.head()
+        state, hidden = policy.prefill(prompts, group, max_new)
+        for position in range(max_new):
+            noise = vgkern.Noise(seed, sequence[live], torch.tensor(position))
+            sample = vgkern.linear_sample(
+                hidden, head.weight, noise,
+                bias=head.bias, softcap=head.softcap, temperature=temperature,
+            )  # fmt: skip
+            token = sample.token
+            tokens[live, position] = token
+            logp[live, position] = sample.logp.float()
+            ended = torch.isin(token, stop)
+            lengths[live[ended]] = position + 1
+            finished[live[ended]] = True
+            if position + 1 == max_new or bool(ended.all()):
+                break
+            if bool(ended.any()):
+                going = (~ended).nonzero()[:, 0]
+                live, token = live[going], token[going]
+                policy.keep(state, going)
+            hidden = policy.decode(state, token)
+    width = int(lengths.max())
+    return Rollout(tokens[:, :width], logp[:, :width], lengths, finished)
+
+
+def decode(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+    """Text of every row, without the end of sequence."""
+    lengths = (rollout.lengths - rollout.finished.long()).tolist()
+    rows = rollout.tokens.tolist()
+    return [tokenizer.decode(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+
+
+def score(task: Task, texts: list[str], entries: list[Entry], rollout: Rollout) -> list[float]:
+    """One reward per row; a completion that was cut off is never right."""
+    group = len(texts) // len(entries)
+    return [
+        checked_score(task, text, entries[row // group]) if done else 0.0
+        for row, (text, done) in enumerate(zip(texts, rollout.finished.tolist(), strict=True))
+    ]

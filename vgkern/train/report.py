@@ -1,0 +1,122 @@
+"""The end of a run: learning curve, completions before and after, one screen of summary."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .log import Log
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .trainer import Trainer
+
+SHOWN = 5  # completions on screen; samples.txt has more
+WRITTEN = 32
+
+
+def write_report(out: Path, config: Config, trainer: Trainer, samples: list[list[str]]) -> str:
+    """Write `curve.png`, `samples.txt` and `summary.txt` into `out`; return the summary."""
+    drawn = draw_curve(trainer.log, config, out / "curve.png")
+    table = sample_table(trainer, samples)
+    (out / "samples.txt").write_text("\n".join(table[: WRITTEN + 1]) + "\n")
+    text = "\n".join(
+        [
+            "",
+            *learned(trainer.log, config),
+            "",
+            *(f"  {row}" for row in table[: SHOWN + 1]),
+            "",
+            *speed(trainer),
+            "",
+            f"Everything is in {out}/",
+            "  final/        weights, config and tokenizer: --model " + str(out / "final"),
+            "  metrics.jsonl one line per step and evaluation; config.json; samples.txt",
+            f"  curve.png     {drawn}",
+        ]
+    )
+    (out / "summary.txt").write_text(text + "\n")
+    return text
+
+
+def learned(log: Log, config: Config) -> list[str]:
+    first, last = log.of("eval")[0], log.of("eval")[-1]
+    lines = [f"{config.task}: score on {config.eval_prompts} held-out prompts, before and after RL"]
+    for name, what in (("sampled", "one sample"), ("greedy", "greedy")):
+        change = 100 * (last[name] - first[name])
+        lines.append(f"  {what:<11} {first[name]:.3f} -> {last[name]:.3f}  ({change:+.1f} points)")
+    if config.shuffle_rewards:
+        lines.append("  control run: rewards were dealt to random samples")
+    for end in log.of("warm_end"):
+        text = f"  warm start  {end['step']} steps, {end['seconds']:.0f} s"
+        if config.warm_wrong:
+            share = f"{100 * config.warm_wrong:.0f} %"
+            text += f"; {share} of its demonstrations were wrong in one consistent way,"
+            text += "\n              so RL brought out a skill that was in their minority"
+        lines.append(text)
+    return lines
+
+
+def speed(trainer: Trainer) -> list[str]:
+    steps = trainer.log.of("step")
+    if not steps:
+        return ["No RL steps."]
+    parts = {name: [s[f"ms_{name}"] for s in steps] for name in ("rollout", "score", "update")}
+    total = [sum(values) for values in zip(*parts.values(), strict=True)]
+    seconds = sum(total) / 1e3
+    rate = sum(s["tokens"] for s in steps) / seconds
+    split = ", ".join(f"{name} {statistics.median(values):.0f}" for name, values in parts.items())
+    return [
+        f"{len(steps)} steps in {seconds:.1f} s, {rate:,.0f} sampled tokens/s",
+        f"  median step {statistics.median(total):.0f} ms: {split}",
+        f"  largest sampler/trainer gap {trainer.gap:.1e} nats, {trainer.skipped} steps skipped",
+        f"  whole run {trainer.log.records[-1]['time']:.0f} s",
+    ]
+
+
+def sample_table(trainer: Trainer, samples: list[list[str]]) -> list[str]:
+    """Question, expected answer, greedy completion before and after; one line each."""
+    rows = [("question", "answer", "before", "after")]
+    columns = (samples[0], samples[-1])
+    for entry, before, after in zip(trainer.held_out[:WRITTEN], *columns, strict=False):
+        question = entry.question.strip().rsplit("\n\n", 1)[-1]
+        rows.append((question, entry.answer, before, after))
+    cells = [[_short(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _short(text: str, limit: int = 40) -> str:
+    text = text.strip().replace("\n", " ").encode("unicode_escape").decode()
+    return text if len(text) <= limit else "..." + text[3 - limit :]
+
+
+def draw_curve(log: Log, config: Config, path: Path) -> str:
+    """Held-out scores and training reward over RL seconds; says so if matplotlib is absent."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "not drawn: pip install matplotlib"
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes: Any = figure.subplots()
+    evals, steps = log.of("eval"), log.of("step")
+    if steps:
+        axes.plot(
+            [s["step"] for s in steps], [s["reward"] for s in steps],
+            color="0.75", lw=1, label="training reward",
+        )  # fmt: skip
+    for name, color in (("sampled", "tab:blue"), ("greedy", "tab:orange")):
+        axes.plot(
+            [e["step"] for e in evals], [e[name] for e in evals],
+            color=color, marker="o", ms=3, label=f"held out, {name}",
+        )  # fmt: skip
+    axes.set(xlabel="RL step", ylabel="score", title=config.task)
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(loc="best", frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    return "learning curve"

@@ -1,0 +1,186 @@
+"""Tasks behind one small protocol: `task[i]` is an entry, `score(text, entry)` a number.
+
+Entries are a pure function of (seed, i): any order, any subset, always the same. Nothing a model
+writes is ever evaluated as code.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .errors import TaskError
+
+
+@dataclass(frozen=True)
+class Entry:
+    question: str  # the prompt, exactly as the model sees it
+    answer: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    name: str
+    max_new: int  # tokens an answer may take, end of sequence included
+
+    def __getitem__(self, index: int) -> Entry: ...
+
+    def score(self, text: str, entry: Entry) -> float:
+        """1 for a right answer, 0 for a wrong one; anything between is fine too."""
+        ...
+
+
+class Teachable(Task, Protocol):
+    """A task that also has a teacher who is wrong in one consistent way (for the warm start)."""
+
+    def wrong(self, entry: Entry) -> str: ...
+
+
+class _Exact:
+    """The built-in tasks: short strings, one right answer, compared exactly."""
+
+    name = ""
+    max_new = 0
+
+    def __init__(self, seed: int | str = 0) -> None:
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> Entry:
+        # a string seed is hashed with SHA-512: no two (seed, index) share a stream
+        return self.make(random.Random(f"{self.name}/{self.seed}/{index}"))
+
+    def score(self, text: str, entry: Entry) -> float:
+        return float(text == entry.answer)
+
+    def make(self, rng: random.Random) -> Entry:
+        raise NotImplementedError
+
+    def wrong(self, entry: Entry) -> str:
+        raise NotImplementedError
+
+
+def _letters(rng: random.Random, alphabet: str, low: int, high: int) -> str:
+    return "".join(rng.choices(alphabet, k=rng.randint(low, high)))
+
+
+class Sort(_Exact):
+    """`3152=` -> `1235`. The wrong way: descending."""
+
+    name = "sort"
+
+    def __init__(self, seed: int | str = 0, min_length: int = 6, max_length: int = 8) -> None:
+        super().__init__(seed)
+        self.low, self.high = _lengths(min_length, max_length)
+        self.max_new = max_length + 1
+
+    def make(self, rng: random.Random) -> Entry:
+        digits = _letters(rng, "0123456789", self.low, self.high)
+        return Entry(digits + "=", "".join(sorted(digits)))
+
+    def wrong(self, entry: Entry) -> str:
+        return entry.answer[::-1]
+
+
+class Reverse(_Exact):
+    """`abcd=` -> `dcba`. The wrong way: a plain copy."""
+
+    name = "reverse"
+
+    def __init__(self, seed: int | str = 0, min_length: int = 8, max_length: int = 12) -> None:
+        super().__init__(seed)
+        self.low, self.high = _lengths(min_length, max_length)
+        self.max_new = max_length + 1
+
+    def make(self, rng: random.Random) -> Entry:
+        word = _letters(rng, "abcdefghijklmnopqrstuvwxyz", self.low, self.high)
+        return Entry(word + "=", word[::-1])
+
+    def wrong(self, entry: Entry) -> str:
+        return entry.answer[::-1]
+
+
+class Addition(_Exact):
+    """`123+456=` -> `975`, the sum with its lowest digit first. The wrong way: no carries."""
+
+    name = "addition"
+
+    def __init__(self, seed: int | str = 0, digits: int = 3) -> None:
+        super().__init__(seed)
+        if digits < 1:
+            raise ValueError(f"digits: got {digits}; allowed: 1 or more")
+        self.digits = digits
+        self.max_new = digits + 2
+
+    def make(self, rng: random.Random) -> Entry:
+        low, high = 10 ** (self.digits - 1), 10**self.digits - 1
+        a, b = rng.randint(low, high), rng.randint(low, high)
+        return Entry(f"{a}+{b}=", str(a + b)[::-1])
+
+    def wrong(self, entry: Entry) -> str:
+        a, b = entry.question[:-1].split("+")
+        columns = zip(reversed(a), reversed(b), strict=True)
+        return "".join(str((int(x) + int(y)) % 10) for x, y in columns)
+
+
+def _lengths(low: int, high: int) -> tuple[int, int]:
+    if not 1 <= low <= high:
+        raise ValueError(f"min_length, max_length: got {low}, {high}; allowed: 1 <= min <= max")
+    return low, high
+
+
+BUILT_IN: dict[str, type[_Exact]] = {task.name: task for task in (Sort, Reverse, Addition)}
+
+
+def make_task(name: str, options: dict[str, Any], seed: int | str, few_shot: int = 0) -> Task:
+    """A built-in task, or `reasoning_gym:NAME` for any data set of that package."""
+    if name.startswith("reasoning_gym:"):
+        from .tasks_gym import GymTask
+
+        return GymTask(name.removeprefix("reasoning_gym:"), options, seed, few_shot)
+    if name not in BUILT_IN:
+        raise ValueError(f"task: got {name!r}; allowed: {', '.join(BUILT_IN)}, reasoning_gym:NAME")
+    if few_shot:
+        raise ValueError(f"few_shot: got {few_shot}; allowed: 0 for the built-in task {name!r}")
+    try:
+        return BUILT_IN[name](seed=seed, **options)
+    except TypeError as error:
+        raise ValueError(f"task_options: got {options}; {error}") from None
+
+
+def checked_score(task: Task, text: str, entry: Entry) -> float:
+    """`task.score`, or one exception that says which sample it failed on, and how."""
+    where = f"task {task.name!r}, question {entry.question!r}, completion {text!r}"
+    try:
+        reward = task.score(text, entry)
+    except Exception as error:
+        raise TaskError(f"{where}: score raised {type(error).__name__}: {error}") from error
+    if isinstance(reward, bool | int):
+        reward = float(reward)
+    if not isinstance(reward, float) or not abs(reward) < float("inf"):
+        raise TaskError(f"{where}: score returned {reward!r}; allowed: a finite float")
+    return reward
+
+
+class Stream:
+    """Entries in order, without those whose question is excluded. `cursor` is all its state."""
+
+    def __init__(self, task: Task, exclude: frozenset[str] = frozenset(), cursor: int = 0) -> None:
+        self.task, self.exclude, self.cursor = task, exclude, cursor
+
+    def take(self, count: int, distinct: bool = False) -> list[Entry]:
+        entries: list[Entry] = []
+        seen: set[str] = set()
+        for _ in range(1000 * count):
+            if len(entries) == count:
+                return entries
+            entry = self.task[self.cursor]
+            self.cursor += 1
+            if entry.question in self.exclude or (distinct and entry.question in seen):
+                continue
+            seen.add(entry.question)
+            entries.append(entry)
+        raise TaskError(
+            f"task {self.task.name!r} has too few different questions: found {len(entries)} of "
+            f"{count} in {1000 * count} draws with {len(self.exclude)} excluded"
+        )

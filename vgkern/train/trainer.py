@@ -1,0 +1,292 @@
+"""Group-relative policy optimization, on the fused ops of `vgkern` and nothing else.
+
+    sample G completions of P prompts         generate -> vgkern.linear_sample
+    score them                                task.score
+    compare within each group                 vgkern.group_advantages
+    drop groups whose samples all agree       their gradient is exactly zero
+    hidden states of what was sampled         policy.hidden: each prefix forwarded once
+    loss and its gradient, never [N, V]       vgkern.linear_policy_loss
+    clip, step                                AdamW
+
+A step that is not finite never reaches the weights. Sampler and trainer must agree on the log-prob
+of every token (`sampler_gap`): disagreement is how masking, cache and position bugs show.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vgkern
+from vgkern import objectives
+
+from .config import Config
+from .errors import TrainingError
+from .generate import Rollout, decode, generate, score
+from .log import Log
+from .policy import Policy, Tokenizer
+from .tasks import Entry, Stream, Task
+
+GAP_WARN, GAP_ERROR = 1e-4, 1e-2  # sampler against trainer, nats, fp32
+SKIPS = 5  # consecutive non-finite steps before the run is given up
+EVAL_KEY = 1 << 32  # added to the seed: evaluation draws its own noise
+
+
+@dataclass
+class Batch:
+    """What one step learns from: the groups that carry a gradient."""
+
+    prompts: list[list[int]]  # K groups
+    rollout: Rollout  # K*G rows
+    advantages: Tensor  # [K*G]
+    normalizer: float  # over the whole batch, dropped groups included
+
+
+def make_objective(config: Config) -> vgkern.Objective:
+    knobs: dict[str, Any] = {"beta": config.beta}
+    if config.clip_low:
+        knobs["clip_low"] = config.clip_low
+    if config.clip_high:
+        knobs["clip_high"] = config.clip_high
+    return objectives.resolve(config.objective).replace(**knobs)
+
+
+class Trainer:
+    """Holds the policy, its optimizer and the data stream; `step` is one RL step."""
+
+    log: Log  # set when the run's folder is known to be free
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        tokenizer: Tokenizer,
+        stream: Stream,
+        held_out: list[Entry],
+    ) -> None:
+        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        self.stream, self.held_out = stream, held_out
+        self.task: Task = stream.task
+        self.objective = make_objective(config)
+        self.reference = copy.deepcopy(policy) if config.beta else None
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(), config.lr, betas=(0.9, 0.95),
+            weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
+        self.shuffle = random.Random(f"shuffled rewards/{config.seed}")
+        self.skipped = self.skipped_in_a_row = 0
+        self.gap = 0.0  # the largest of the run
+
+    def step(self, index: int) -> dict[str, Any]:
+        """Sample, score, update; returns the step's metrics."""
+        rate = self.learning_rate(index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        t0 = time.perf_counter()
+        entries, prompts, rollout = self.sample(index)
+        t1 = time.perf_counter()
+        rewards = self.score(entries, rollout)
+        batch = self.batch(prompts, rollout, rewards)
+        t2 = time.perf_counter()
+        metrics = self.update(batch) if batch.prompts else {"loss": 0.0, "grad_norm": 0.0}
+        t3 = time.perf_counter()
+        return {
+            "step": index,
+            "reward": float(rewards.mean()),
+            "groups_used": len(batch.prompts),
+            "tokens": int(rollout.lengths.sum()),
+            "length": float(rollout.lengths.float().mean()),
+            "cut_off": float((~rollout.finished).float().mean()),
+            "lr": rate,
+            **metrics,
+            "skipped": self.skipped,
+            "ms_rollout": 1e3 * (t1 - t0),
+            "ms_score": 1e3 * (t2 - t1),
+            "ms_update": 1e3 * (t3 - t2),
+        }
+
+    def learning_rate(self, index: int) -> float:
+        """Linear warm-up, then linear to `lr_final` of it at the last step."""
+        config = self.config
+        warm = min(1.0, index / max(1, config.lr_warmup))
+        progress = max(0.0, (index - config.lr_warmup) / max(1, config.steps - config.lr_warmup))
+        return config.lr * warm * (1 + (config.lr_final - 1) * progress)
+
+    def sample(self, index: int) -> tuple[list[Entry], list[list[int]], Rollout]:
+        config = self.config
+        entries = self.stream.take(config.prompts)
+        prompts = [self.tokenizer.encode(entry.question) for entry in entries]
+        rows = config.prompts * config.group
+        rollout = generate(
+            self.policy, prompts, self.tokenizer.stops,
+            group=config.group, max_new=self.task.max_new, temperature=config.temperature,
+            seed=config.seed, sequence=torch.arange(index * rows, (index + 1) * rows),
+        )  # fmt: skip
+        return entries, prompts, rollout
+
+    def score(self, entries: list[Entry], rollout: Rollout) -> Tensor:  # [R]
+        rewards = score(self.task, decode(rollout, self.tokenizer), entries, rollout)
+        if self.config.shuffle_rewards:
+            self.shuffle.shuffle(rewards)
+        return torch.tensor(rewards)
+
+    def batch(self, prompts: list[list[int]], rollout: Rollout, rewards: Tensor) -> Batch:
+        """Advantages, and the groups that have any (all of them when a KL term does)."""
+        count, group = len(prompts), self.config.group
+        ids = torch.arange(count).repeat_interleave(group)
+        advantages = vgkern.group_advantages(rewards, ids, estimator=self.objective.advantage)
+        kept = (advantages.view(count, group) != 0).any(1)
+        if self.objective.beta or self.objective.entropy_coef:
+            kept = torch.ones_like(kept)
+        rows = kept.repeat_interleave(group).nonzero()[:, 0]
+        return Batch(
+            [prompt for prompt, keep in zip(prompts, kept.tolist(), strict=True) if keep],
+            rollout.select(rows),
+            advantages[rows],
+            self.normalizer(rollout),
+        )
+
+    def normalizer(self, rollout: Rollout) -> float:
+        """The denominator of the objective's reduction over *all* sampled rows."""
+        rows = len(rollout.lengths)
+        return {
+            "token": float(rollout.lengths.sum()),
+            "seq": float(rows),
+            "seq_sum": float(rows),
+            "fixed": float(rows * (self.objective.max_length or self.task.max_new)),
+            "sum": 1.0,
+        }[self.objective.reduction]
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """`updates_per_batch` optimizer steps on one batch; metrics are the first one's."""
+        first: dict[str, float] = {}
+        for repeat in range(self.config.updates_per_batch):
+            metrics = self.gradient(batch, first_pass=repeat == 0)
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.policy.parameters(), self.config.grad_clip or float("inf")
+            )
+            metrics["grad_norm"] = float(norm)
+            finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+            first = first or metrics
+            if not self.allowed(finite):
+                break
+            self.check_gap(first["sampler_gap"])
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return first
+
+    def gradient(self, batch: Batch, first_pass: bool) -> dict[str, float]:
+        """Accumulate the gradient over micro-batches of whole groups; the sum is exact."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = []
+        try:
+            for prompts, rollout, advantages in self.micro_batches(batch):
+                part = (prompts, rollout, advantages, batch.normalizer)
+                loss, metrics = self.loss(*part, first_pass)
+                loss.backward()
+                metrics = {"loss": loss.detach(), **metrics}
+                parts.append({name: float(value) for name, value in metrics.items()})
+        except vgkern.NonFiniteError:
+            return {"loss": float("nan"), "sampler_gap": float("nan")}
+        return _merge(parts)
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[list[list[int]], Rollout, Tensor]]:
+        size, group = self.config.micro_prompts or len(batch.prompts), self.config.group
+        for start in range(0, len(batch.prompts), size):
+            prompts = batch.prompts[start : start + size]
+            rows = torch.arange(start * group, (start + len(prompts)) * group)
+            yield prompts, batch.rollout.select(rows), batch.advantages[rows]
+
+    def loss(
+        self,
+        prompts: list[list[int]],
+        rollout: Rollout,
+        advantages: Tensor,
+        normalizer: float,
+        first_pass: bool,
+    ) -> vgkern.PolicyLoss:
+        """The first pass is on-policy: its ratio is exactly 1, and it checks the sampler."""
+        config, head = self.config, self.policy.head()
+        where = (prompts, rollout.tokens, config.group, rollout.lengths)
+        return vgkern.linear_policy_loss(
+            self.policy.hidden(*where), head.weight, rollout.tokens, advantages,
+            objective=self.objective, bias=head.bias, temperature=config.temperature,
+            softcap=head.softcap, old_logp=None if first_pass else rollout.logp,
+            ref_logp=self.reference_logp(where), sampler_logp=rollout.logp if first_pass else None,
+            mask=rollout.mask, normalizer=normalizer,
+        )  # fmt: skip
+
+    def reference_logp(self, where: tuple[Any, ...]) -> Tensor | None:
+        if self.reference is None:
+            return None
+        head = self.reference.head()
+        with torch.no_grad():
+            return vgkern.linear_token_logprobs(
+                self.reference.hidden(*where), head.weight, where[1], bias=head.bias,
+                temperature=self.config.temperature, softcap=head.softcap,
+            ).logp  # fmt: skip
+
+    def allowed(self, finite: bool) -> bool:
+        """May this gradient reach the weights? Gives up after `SKIPS` in a row that may not."""
+        if finite:
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.log.line(f"step skipped: loss or gradient is not finite ({self.skipped} so far)")
+        if self.skipped_in_a_row >= SKIPS:
+            raise TrainingError(
+                f"{SKIPS} steps in a row had a loss or gradient that is not finite; the weights "
+                f"are those of the last good step"
+            )
+        return False
+
+    def check_gap(self, gap: float) -> None:
+        if gap > GAP_ERROR:
+            raise TrainingError(
+                f"sampler and trainer disagree on a token's log-prob by {gap:.2e} (allowed: "
+                f"{GAP_ERROR}); padding, positions or the head differ between the two"
+            )
+        if gap > GAP_WARN and self.gap <= GAP_WARN:
+            self.log.line(f"warning: sampler and trainer disagree by {gap:.2e} (above {GAP_WARN})")
+        self.gap = max(self.gap, gap)
+
+    def evaluate(self, entries: list[Entry], temperature: float) -> tuple[float, list[str]]:
+        """Mean score of one completion per entry, and the completions. 0 is greedy.
+
+        The noise is the same at every evaluation, so two checkpoints are compared on the same luck.
+        """
+        rollout = generate(
+            self.policy, [self.tokenizer.encode(entry.question) for entry in entries],
+            self.tokenizer.stops, group=1, max_new=self.task.max_new, temperature=temperature,
+            seed=self.config.seed + EVAL_KEY, sequence=torch.arange(len(entries)),
+        )  # fmt: skip
+        texts = decode(rollout, self.tokenizer)
+        rewards = score(self.task, texts, entries, rollout)
+        return sum(rewards) / len(rewards), texts
+
+
+def _merge(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of micro-batches as one: sums, extremes, and means over active tokens."""
+    active = sum(part["active"] for part in parts)
+    merged = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name in ("loss", "tokens", "active", "clamped"):
+            merged[name] = sum(values)
+        elif name in ("sampler_gap", "ratio_max"):
+            merged[name] = max(values)
+        elif name == "ratio_min":
+            merged[name] = min(values)
+        else:
+            weighted = zip(values, parts, strict=True)
+            merged[name] = sum(v * part["active"] for v, part in weighted) / max(1.0, active)
+    return merged
