@@ -10,6 +10,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -62,7 +63,7 @@ inline void for_rows(int64_t n, const F& f) {
 inline RowStats finish(const RowState& s) {
   constexpr float inf = std::numeric_limits<float>::infinity();
   RowStats r;
-  if (std::isnan(s.max) || std::isnan(s.sum) || std::isnan(s.target)) {
+  if (std::isnan(s.max) || std::isnan(s.sum) || std::isnan(s.target) || s.target == inf) {
     r.logp = r.entropy = r.lse = std::numeric_limits<float>::quiet_NaN();
     return r;
   }

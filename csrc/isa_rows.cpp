@@ -167,6 +167,8 @@ inline float gumbel(uint32_t word) {
 void race(const float* z, int64_t n, int64_t v0, const RaceKey& key, RaceState& s) {
   const float m = row_max(z, n);
   if (key.greedy) {
+    if (m == -kInf) return;
+    if (m == kInf) s.sum = std::numeric_limits<float>::quiet_NaN();
     if (m > s.best || s.best_id < 0) {
       int64_t j = 0;
       while (j + 1 < n && !(z[j] >= m)) ++j;

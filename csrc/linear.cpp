@@ -38,7 +38,8 @@ Head::Head(const Tensor& hid, const Tensor& w, const OptTensor& bias, double tem
     : hidden(hid), weight(w), n(hid.size(0)), h(hid.size(1)), v(w.size(0)), dtype(dtype_of(hid)) {
   TORCH_CHECK(w.dim() == 2 && hid.dim() == 2 && w.size(1) == h && dtype_of(w) == dtype,
               "vgkern: hidden [N, H] and weight [V, H] of one dtype");
-  TORCH_CHECK(hid.stride(1) == 1 && w.stride(1) == 1, "vgkern: unit column stride");
+  TORCH_CHECK((h == 1 || hid.stride(1) == 1) && (h == 1 || w.stride(1) == 1),
+              "vgkern: unit column stride");
   if (bias) {
     TORCH_CHECK(bias->numel() == v, "vgkern: bias [V]");
     bias32 = bias->to(at::kFloat).contiguous();
@@ -57,12 +58,16 @@ Grads::Grads(const Head& head, c10::ArrayRef<bool> needs) {
   if (need[2]) dbias = at::zeros({head.v}, f32);
 }
 
-std::tuple<Tensor, Tensor, Tensor> Grads::finish(const Head& head, const OptTensor& bias) {
-  Tensor none = at::empty({0}, head.hidden.options());
+std::tuple<Tensor, Tensor, Tensor> Grads::finish(const Head& head, const OptTensor& bias,
+                                                 bool as_input) {
   if (need[1] && first) dweight.zero_();
-  return {need[0] ? dhidden.to(head.hidden.scalar_type()) : none,
-          need[1] ? dweight.to(head.weight.scalar_type()) : none,
-          need[2] ? dbias.to(bias->scalar_type()) : none};
+  auto out = [&](bool needed, const Tensor& t, at::ScalarType dtype) {
+    if (!needed) return at::empty({0}, head.hidden.options().dtype(as_input ? dtype : at::kFloat));
+    return as_input ? t.to(dtype) : t;
+  };
+  const auto dtype = head.hidden.scalar_type();
+  return {out(need[0], dhidden, dtype), out(need[1], dweight, dtype),
+          out(need[2], dbias, bias ? bias->scalar_type() : dtype)};
 }
 
 // Kept between calls: page faults of a fresh block would land inside the first GEMM. One process-
@@ -193,6 +198,7 @@ void LinearRows::logits(const Chunk& k, int64_t t) {
 }
 
 void LinearRows::run(Grads* grads, const std::function<void(Chunk&, float*, float*)>& use) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (grads && grads->need[0] && !dense_) grads->dhidden.zero_();
   room(space_->block, tiles_ * chunk_ * tile_);
   room(space_->stats, chunk_);

@@ -25,7 +25,8 @@ struct Grads {
   Tensor dhidden, dweight, dbias;  // fp32 while accumulating
   Grads(const Head&, c10::ArrayRef<bool> needs);
   bool any() const { return need[0] || need[1] || need[2]; }
-  std::tuple<Tensor, Tensor, Tensor> finish(const Head&, const OptTensor& bias);
+  // in the dtypes of the inputs, or (`as_input` false) the fp32 sums as they are
+  std::tuple<Tensor, Tensor, Tensor> finish(const Head&, const OptTensor& bias, bool as_input);
   bool first = true;  // the first chunk writes dweight, later ones add
 };
 

@@ -44,8 +44,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
       const float lp = k.stats[i].logp, before = old ? old[r] : lp;
       logp.data_ptr<float>()[r] = lp;
       const float fix = sam ? correction_weight(before - sam[r], o) : 1.f;
-      const TokenLoss t =
-          token_loss(lp, adv[r], old ? lp - before : 0.f, ref ? ref[r] - lp : 0.f, ref, fix, o, n);
+      const TokenLoss t = token_loss(lp, adv[r], old ? log_ratio(lp, before) : 0.f,
+                                     ref ? ref[r] - lp : 0.f, ref, fix, o, n);
       loss += w[r] * (t.value - double(o.entropy_coef) * k.stats[i].entropy);
       c[i] = w[r] * t.slope;
       e[i] = -w[r] * o.entropy_coef;
@@ -54,7 +54,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
     }
   });
   n.write(counts.data_ptr<float>());
-  auto [dh, dw, db] = grads.finish(head, bias);
+  auto [dh, dw, db] = grads.finish(head, bias, false);
   return {at::full({}, loss, f32), logp, counts, dh, dw, db};
 }
 

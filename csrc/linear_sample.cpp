@@ -17,6 +17,8 @@ struct Cut {
 
 // Sets what the truncation drops to -inf; ties go to the lowest id.
 void truncate(float* z, int64_t v, const Cut& cut) {
+  for (int64_t j = 0; j < v; ++j)
+    if (std::isnan(z[j])) return;  // left for the race to report; NaN has no order
   std::vector<int64_t> id(v);
   std::iota(id.begin(), id.end(), 0);
   auto before = [z](int64_t a, int64_t b) { return z[a] > z[b] || (z[a] == z[b] && a < b); };
@@ -66,6 +68,7 @@ static std::tuple<Tensor, Tensor, Tensor> linear_sample_fwd(
     const Tensor& position,     // [B]
     const Tensor& temperature,  // [B], 0: greedy
     double softcap, int64_t top_k, double top_p, double min_p) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Head head(hidden, weight, bias, 1.0, softcap);
   const Cut cut{top_k, top_p, min_p};
   const int64_t b = head.n, v = head.v;
@@ -99,8 +102,11 @@ static std::tuple<Tensor, Tensor, Tensor> linear_sample_fwd(
       if (g.lanes) {
         block_logits(head, pairs, v0, m, panels.data(), n, block.data());
       } else {
-        Tensor z = at::from_blob(block.data(), {n, m}, f32);
-        at::mm_out(z, h, head_tile(head, v0, m, wide).t());
+        for (int64_t s = 0; s < m; s += 8192) {  // whole rows, but never a whole widened head
+          const int64_t w = std::min<int64_t>(8192, m - s);
+          Tensor z = at::from_blob(block.data() + s, {n, w}, {m, 1}, f32);
+          at::mm_out(z, h, head_tile(head, v0 + s, w, wide).t());
+        }
       }
       for_rows(n, [&](int64_t i) {
         float* x = block.data() + i * m;

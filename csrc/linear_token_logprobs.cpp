@@ -51,7 +51,7 @@ static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_bwd(
       e[i] = de[k.rows[i]];
     }
   });
-  return grads.finish(head, bias);
+  return grads.finish(head, bias, true);
 }
 
 TORCH_LIBRARY_IMPL(vgkern, CPU, m) {

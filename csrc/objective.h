@@ -57,59 +57,65 @@ inline float correction_weight(float gap, const Objective& o) {
   return w <= o.sampler_max ? w : 0.f;
 }
 
+// logp - old_logp; 0 where both are -inf (a blocked token)
+inline float log_ratio(float logp, float old) {
+  constexpr float low = std::numeric_limits<float>::lowest();
+  return std::max(logp, low) - std::max(old, low);
+}
+
 // d: log-ratio that r is formed of (token or sequence mean); e = ref - logp
 inline TokenLoss token_loss(float logp, float a, float d, float e, bool has_ref, float weight,
                             const Objective& o, Counts& n) {
   const float r = std::exp(clamped(d));
-  const float dr = inside(d) ? r : 0.f;  // dr/dd
-  double value;
-  float along_d = 0.f, own = 0.f;
+  const bool possible = logp > -std::numeric_limits<float>::infinity();
+  const float dr = inside(d) && possible ? r : 0.f;  // dr/dd
+  double value, along_d = 0, own = 0;                // own: dl/dlogp beside the log-ratio
   if (o.surrogate == 0) {
-    const bool cap = o.dual_clip > 0.f && a < 0.f && r > o.dual_clip;
-    const double one = double(cap ? o.dual_clip : r) * a;
+    const double one = double(r) * a;
     const double two = double(std::min(std::max(r, 1.f - o.clip_low), 1.f + o.clip_high)) * a;
     value = -std::min(one, two);
-    if (one <= two && !cap) along_d = -a * dr;
+    if (one <= two) along_d = -double(a) * dr;
     n.low += a < 0.f && r < 1.f - o.clip_low;
     n.high += a > 0.f && r > 1.f + o.clip_high;
-    n.dual += cap;
+    if (o.dual_clip > 0.f && a < 0.f && r > o.dual_clip) {
+      value = -double(o.dual_clip) * a;
+      along_d = 0;
+      n.dual += 1;
+    }
   } else if (o.ratio == 0) {
     value = -double(a) * logp;
     own = -a;
   } else {
     value = -double(a) * r;
-    along_d = -a * dr;
+    along_d = -double(a) * dr;
   }
   value *= weight;
   along_d *= weight;
   own *= weight;
   if (has_ref) {
-    const float c = clamped(e);
-    double kl;
-    float slope;  // dkl/dlogp
+    const double c = clamped(e), x = e;
+    double kl, slope;  // slope: dkl/dlogp
     switch (o.kl) {
-      case 0: kl = -e, slope = 1.f; break;
-      case 1: kl = 0.5 * double(e) * e, slope = -e; break;
-      case 2: kl = std::expm1(c) - c, slope = inside(e) ? -std::expm1(c) : 0.f; break;
-      default: kl = std::fabs(e), slope = e > 0.f ? -1.f : (e < 0.f ? 1.f : 0.f);
+      case 0: kl = -x, slope = 1; break;
+      case 1: kl = 0.5 * x * x, slope = -x; break;
+      case 2: kl = std::expm1(c) - c, slope = inside(e) ? -std::expm1(c) : 0; break;
+      default: kl = std::fabs(x), slope = x > 0 ? -1 : (x < 0 ? 1 : 0);
     }
-    if (o.kl_straight_through) slope = -e;
+    if (o.kl_straight_through) slope = -x;
     n.kl += kl;
-    if (o.kl_ratio_corrected) {
-      value += o.beta * kl * r;
-      own += o.beta * slope * r;
-      along_d += float(o.beta * kl) * dr;
-    } else {
-      value += o.beta * kl;
-      own += o.beta * slope;
+    if (o.beta != 0.f) {
+      const double by = o.kl_ratio_corrected ? double(o.beta) * r : double(o.beta);
+      value += by * kl;
+      own += by * slope;
+      if (o.kl_ratio_corrected) along_d += o.beta * kl * dr;
     }
   }
   n.ratio += r;
   n.ratio_min = std::min(n.ratio_min, r);
   n.ratio_max = std::max(n.ratio_max, r);
   n.clamped += !inside(d);
-  if (o.ratio == 2) return {value, own, along_d};
-  return {value, own + along_d, 0.f};
+  if (o.ratio == 2) return {value, float(own), float(along_d)};
+  return {value, float(own + along_d), 0.f};
 }
 
 }  // namespace vgkern

@@ -31,7 +31,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     for (int64_t i = s; i < s + width; ++i)
       if (w[i] != 0.f) {
         length += 1;
-        if (old) ratio += double(lp[i]) - old[i];
+        if (old) ratio += log_ratio(lp[i], old[i]);
         if (sam) mismatch += double(old ? old[i] : lp[i]) - sam[i];
       }
     const float mean = float(ratio / std::max(length, 1.0));
@@ -44,7 +44,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
       const float before = old ? old[i] : lp[i];
       float fix = 1.f;
       if (sam) fix = correction_weight(o.correction >= 3 ? float(mismatch) : before - sam[i], o);
-      const float d = o.ratio == 2 ? mean : (old ? lp[i] - before : 0.f);
+      const float d = o.ratio == 2 ? mean : (old ? log_ratio(lp[i], before) : 0.f);
       const TokenLoss t = token_loss(lp[i], adv[i], d, ref ? ref[i] - lp[i] : 0.f, ref, fix, o, n);
       loss += w[i] * (t.value - (ent ? double(o.entropy_coef) * ent[i] : 0.0));
       dl[i] = w[i] * t.slope;

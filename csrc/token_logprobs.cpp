@@ -27,7 +27,7 @@ static std::tuple<Tensor, Tensor, Tensor> token_logprobs_fwd(const Tensor& logit
                                                              double temperature, double softcap,
                                                              int64_t ignore_index) {
   const int64_t n = logits.size(0), v = logits.size(1);
-  TORCH_CHECK(v == 0 || logits.stride(1) == 1, "vgkern: unit column stride");
+  TORCH_CHECK(v <= 1 || logits.stride(1) == 1, "vgkern: unit column stride");
   Tensor tgt = targets.contiguous();
   const int64_t* y = i64_rows(tgt, n, "targets");
   const Transform t = transform_of(temperature, softcap);

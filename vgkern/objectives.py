@@ -4,7 +4,8 @@ Per token, with d = logp - old_logp, r = exp(clamp(d, +-20)), advantage A, all f
 field writes them (sources: the papers named at each preset):
 
     surrogate "clip":    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
-                         dual_clip caps r for A < 0 (a two-sided delta is the same thing)
+                         or, for A < 0 and r > dual_clip, -dual_clip A (a two-sided delta does
+                         the same where it is above 1 + clip_high)
     surrogate "linear":  -r A, or -A logp with ratio "none" (REINFORCE)
     + beta * KL(ref)     k1: -e, k2: e^2/2, k3: exp(e) - e - 1, abs: |e|, with e = ref_logp - logp
     - entropy_coef * entropy
@@ -16,6 +17,7 @@ field writes them (sources: the papers named at each preset):
     "seq_sum"  sum / B            "fixed" sum / (B * max_length)          "sum"  sum
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -64,7 +66,9 @@ class Objective:
         _require("clip_high", self.clip_high, self.clip_high >= 0, "clip_high >= 0")
         ok = self.dual_clip is None or self.dual_clip > 1
         _require("dual_clip", self.dual_clip, ok, "None or a ratio > 1")
-        _require("beta", self.beta, self.beta >= 0, "beta >= 0")
+        _require("beta", self.beta, 0 <= self.beta < math.inf, "beta >= 0, finite")
+        ok = math.isfinite(self.entropy_coef)
+        _require("entropy_coef", self.entropy_coef, ok, "a finite number")
         _require("sampler_max", self.sampler_max, self.sampler_max > 0, "sampler_max > 0")
         ok = self.max_length is None or self.max_length > 0
         _require("max_length", self.max_length, ok, "None or a length > 0")

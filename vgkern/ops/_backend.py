@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -16,7 +17,7 @@ from vgkern.ops import _native
 BACKENDS = ("torch", "cpu")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger("vgkern")
-_forced: list[str] = []
+_forced: ContextVar[str | None] = ContextVar("vgkern_backend", default=None)  # per thread
 _said: set[str] = set()
 
 
@@ -26,7 +27,7 @@ class BackendError(RuntimeError):
 
 def choose(requested: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
     """The backend for tensors of these dtypes on `device`: "torch" or "cpu"."""
-    name = requested or (_forced[-1] if _forced else None) or os.environ.get("VGKERN_BACKEND")
+    name = requested or _forced.get() or os.environ.get("VGKERN_BACKEND") or None
     if name is None:
         return _automatic(device, dtypes)
     if name not in BACKENDS:
@@ -65,8 +66,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block every op runs on `name` ("torch" or "cpu") or raises."""
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}; allowed: {', '.join(BACKENDS)}")
-    _forced.append(name)
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)

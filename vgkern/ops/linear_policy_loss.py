@@ -57,7 +57,9 @@ def linear_policy_loss_ref(
 class LinearPolicyLossFunction(torch.autograd.Function):
     """`vgkern::linear_policy_loss_fwd` makes the gradients with the loss; backward scales them.
 
-    Nothing but the loss is computed when no gradient can be asked for (`needs`).
+    Nothing but the loss is computed when no gradient can be asked for (`needs`). The gradients are
+    fp32, so that a loss scale comes before the rounding to half precision. The first backward
+    scales them in place and gives them away; a second one over a retained graph makes them anew.
     """
 
     @staticmethod
@@ -72,21 +74,27 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         scalars: tuple[float, float],
         needs: list[bool],
     ) -> tuple:
+        options = (*scalars, o.pack(), needs)
         loss, logp, counts, *grads = torch.ops.vgkern.linear_policy_loss_fwd(
-            hidden, weight, bias, targets, *rows, *scalars, o.pack(), needs
+            hidden, weight, bias, targets, *rows, *options
         )
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(hidden, weight, bias, targets, *rows)
+        ctx.options, ctx.made = options, grads
         ctx.mark_non_differentiable(logp, counts)
         return loss, logp, counts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple:
-        # A copy of dW per call only when there is something to scale: on CPU looking is free.
-        same = dloss.device.type == "cpu" and float(dloss) == 1.0
-        grads = [g if same else g * dloss.to(g.dtype) for g in ctx.saved_tensors]
+        tensors = ctx.saved_tensors
+        grads, ctx.made = ctx.made, None
+        if grads is None:
+            grads = torch.ops.vgkern.linear_policy_loss_fwd(*tensors, *ctx.options)[3:]
         return (
-            *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[:3], strict=True)),
+            *(
+                g.mul_(dloss).to(x.dtype) if n else None
+                for g, x, n in zip(grads, tensors, ctx.needs_input_grad[:3], strict=False)
+            ),
             *[None] * 5,
         )
 
@@ -176,8 +184,8 @@ def _fake(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
     def f32(*shape):  # type: ignore[no-untyped-def]
         return hidden.new_empty(shape, dtype=torch.float32)
 
-    n = targets.shape[0]
-    return f32(), f32(n), f32(len(COUNTS)), *grads_like(hidden, weight, bias, rest[-1])
+    n, grads = targets.shape[0], grads_like(hidden, weight, bias, rest[-1])
+    return f32(), f32(n), f32(len(COUNTS)), *(g.float() for g in grads)
 
 
 define(

@@ -45,28 +45,32 @@ def policy_loss_ref(
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     m = weight != 0
-    lp = logp.where(m, 0)  # select before any exp: 0 * inf is NaN
+    low, zeros = torch.finfo(logp.dtype).min, torch.zeros_like(logp)
+    lp, a = logp.where(m, 0), advantages.where(m, 0)  # select before any exp: 0 * inf is NaN
     old = (logp.detach() if old is None else old).where(m, 0)
-    d = lp - old
+    d = lp.clamp(min=low) - old.clamp(min=low)  # a blocked token: -inf twice
     if o.ratio == "sequence":
         d = (d.sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp(min=1)).expand_as(d)
     r = d.clamp(-CLAMP, CLAMP).exp()
-    a = advantages.where(m, 0)
-    if o.surrogate == "clip":
-        capped = r if o.dual_clip is None else r.where((a >= 0) | (r <= o.dual_clip), o.dual_clip)
-        loss = -torch.minimum(capped * a, r.clamp(1 - o.clip_low, 1 + o.clip_high) * a)
-    else:
-        loss = -a * (lp if o.ratio == "none" else r)
-    gap = 0 * lp.detach() if sampler is None else (old - sampler).where(m, 0)
-    if o.sampler_correction != "none" and sampler is not None:
-        loss = loss * _correction(gap, o)
-    kl = _kl(0 * lp if ref is None else (ref - lp).where(m, 0), o)
-    loss = loss + o.beta * (kl * r if o.kl_ratio_corrected else kl)
-    ent = 0 * lp if entropy is None else entropy.where(m, 0)
+    loss = _surrogate(lp, r, a, o)
+    if sampler is not None and o.sampler_correction != "none":
+        loss = loss * _correction((old - sampler).where(m, 0), o)
+    kl = _kl(zeros if ref is None else (ref - lp).where(m, 0), o)
+    if o.beta:
+        loss = loss + o.beta * (kl * r if o.kl_ratio_corrected else kl)
+    ent = zeros if entropy is None else entropy.where(m, 0)
+    gap = zeros if sampler is None else (lp - sampler).where(m, 0)
     total = (weight * (loss - o.entropy_coef * ent)).sum()
-    if sampler is not None:
-        gap = (lp - sampler).where(m, 0)
     return total, _count(m, a, d, r, kl, ent, gap, o)
+
+
+def _surrogate(lp: Tensor, r: Tensor, a: Tensor, o: Objective) -> Tensor:
+    if o.surrogate == "linear":
+        return -a * (lp if o.ratio == "none" else r)
+    loss = -torch.minimum(r * a, r.clamp(1 - o.clip_low, 1 + o.clip_high) * a)
+    if o.dual_clip is None:
+        return loss
+    return loss.where((a >= 0) | (r <= o.dual_clip), -o.dual_clip * a)
 
 
 def _correction(gap: Tensor, o: Objective) -> Tensor:
@@ -246,9 +250,15 @@ def _weights(m: Tensor, o: Objective, normalizer: float | Tensor | None) -> Tens
     local: dict[str, Any] = {"token": m.sum(), "fixed": sequences * width, "sum": 1}
     by = local.get(o.reduction, sequences) if normalizer is None else normalizer
     if isinstance(by, Tensor):
-        return w / by.detach().to(m.device).double().clamp(min=1e-12)
-    if normalizer is not None:
-        _check.positive("normalizer", normalizer)
+        if by.numel() != 1:
+            raise _check.fail("normalizer", by, "a number, or a tensor of one")
+        by = by.detach().reshape(()).to(m.device, torch.float64)
+    if m.device.type == "cpu":  # elsewhere looking would be a host sync
+        by = float(by)
+        if normalizer is not None and (by != 0 or bool(m.any())):  # 0: nothing anywhere counts
+            _check.positive("normalizer", by)
+    if isinstance(by, Tensor):
+        return w / by.clamp(min=1e-12)
     return w / max(by, 1e-12)
 
 

@@ -49,7 +49,8 @@ def token_logprobs_ref(
     others = z.scatter(-1, y, blocked).logsumexp(-1)
     gap = (others - zy.masked_fill(dead, 0)).masked_fill(dead, torch.inf)
     lp = z.log_softmax(-1)
-    entropy = -(lp.exp() * lp).sum(-1)
+    entropy = -(lp.exp() * lp.where(z > blocked, 0)).sum(-1)
+    entropy = entropy.where(~dead, entropy.detach())  # no gradient from a row that cannot be
     return TokenLogprobs((-F.softplus(gap, threshold=40)).where(keep, 0), entropy.where(keep, 0))
 
 
