@@ -213,7 +213,7 @@ def main() -> None:
         print(peak(a.peak))
         return
     machine = {"cpu": cpu_name(), "threads": a.threads, "torch": torch.__version__}
-    machine |= {"vgkern": vgkern.__version__, "native": _native.status()}
+    machine |= {"vgkern": vgkern.__version__, "isa": _native.status()["isa"]}
     print(f"{machine['cpu']}, {a.threads} threads, torch {machine['torch']}", flush=True)
     cases = {
         "loss": lambda: loss_rows(a.repeat),

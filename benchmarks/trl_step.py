@@ -233,7 +233,7 @@ def main() -> None:
         if not a.model:
             warm_up(base, *reversed(warm))
         result = compare(base, a.block, folder)
-    machine = {"cpu": cpu_name(), "threads": a.threads, "native": _native.status()}
+    machine = {"cpu": cpu_name(), "threads": a.threads, "isa": _native.status()["isa"]}
     machine |= {m.__name__: m.__version__ for m in (vgkern, torch, trl, transformers)}
     print(f"{machine['cpu']}, {a.threads} threads, TRL {machine['trl']}, torch {machine['torch']}")
     print(f"medians; mean reward of the first 2 and the last 10 of {a.steps} steps")
