@@ -11,7 +11,7 @@ RANK = {
     "ops._library": 2, "ops._native": 2,
     "ops._backend": 3,
     "ops": 4,
-    "": 5, "nn": 5, "costate": 5, "cases": 5,
+    "": 5, "nn": 5, "costate": 5, "case_inputs": 5, "cases": 5,
     "bench": 6, "train": 6,
     "integrations": 7, "__main__": 8,
 }  # fmt: skip
