@@ -320,7 +320,7 @@ def test_a_task_that_breaks_stops_the_run_with_whole_lines(tmp_path, monkeypatch
     monkeypatch.setattr(run, "make_task", breaking)
     monkeypatch.setattr("vgkern.train.generate.score", score)
     out = tmp_path / "run"
-    with pytest.raises(TaskError, match=r"score returned nan; allowed: a finite float"):
+    with pytest.raises(TaskError, match=r"score returned nan; allowed: a float within"):
         run.train(dataclasses.replace(TINY, out=str(out), context=16))
     assert not (out / "final").exists()
     for line in (out / "metrics.jsonl").read_text().splitlines():

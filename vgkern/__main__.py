@@ -32,7 +32,7 @@ def train(arguments: list[str]) -> int:
 
     try:
         config = load_config(arguments)
-        from vgkern.train.run import train as run  # after the flags: --help needs no torch
+        from vgkern.train.run import train as run
 
         run(config)
     except RunError as error:

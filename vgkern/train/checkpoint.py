@@ -54,11 +54,21 @@ def load_policy(path: str) -> tuple[Policy, Tokenizer]:
     from .tokenizer import CharTokenizer
 
     config = Path(path, "config.json")
+    if Path(path).is_dir() and not config.is_file():
+        raise CheckpointError(f"{path}: no config.json in it; not a checkpoint folder")
     try:
         kind = json.loads(config.read_text()).get("kind") if config.is_file() else None
         if kind == KIND:
             return Decoder.load(path), CharTokenizer.load(path)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
     from .hf_load import load
 

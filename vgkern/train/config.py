@@ -32,7 +32,7 @@ class Config:
     few_shot: int = _option(0, "fixed examples before every question (reasoning_gym)", 0)
     model: str = _option("", "checkpoint folder, or a Hugging Face name; empty: a new small model")
     out: str = _option("", "output folder; empty: runs/<task>-<time>")
-    seed: int = _option(0, "seed of weights, data order and sampling", 0)
+    seed: int = _option(0, "seed of weights, data order and sampling", 0, 2**62)
     threads: int = _option(1, "CPU threads; small models gain nothing from more", 1)
 
     width: int = _option(128, "model width of a new model", 8)
@@ -167,7 +167,7 @@ def load_config(arguments: list[str]) -> Config:
     if path is not None:
         try:
             values = tomllib.loads(Path(path).read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"--config {path}: {error}") from None
         from_dict(values, path)  # so that an error names the file
     return from_dict({**values, **given}, "flags")

@@ -52,8 +52,9 @@ def learned(log: Log, config: Config) -> list[str]:
         text = f"  warm start  {end['step']} steps, {end['seconds']:.0f} s"
         if config.warm_wrong:
             share = f"{100 * config.warm_wrong:.0f} %"
-            text += f"; {share} of its demonstrations were wrong in one consistent way,"
-            text += "\n              so RL brought out a skill that was in their minority"
+            text += f"; {share} of its demonstrations were wrong in one consistent way"
+            if config.warm_wrong > 0.5 and last["sampled"] > first["sampled"]:
+                text += ",\n              so RL brought out a skill that was in their minority"
         lines.append(text)
     return lines
 
@@ -66,12 +67,15 @@ def speed(trainer: Trainer) -> list[str]:
     total = [sum(values) for values in zip(*parts.values(), strict=True)]
     seconds = sum(total) / 1e3
     rate = sum(s["tokens"] for s in steps) / seconds
+    gap = "not measured: no group had a gradient"
+    if trainer.gap is not None:
+        gap = f"{trainer.gap:.1e} nats"
     split = ", ".join(f"{name} {statistics.median(values):.0f}" for name, values in parts.items())
     return [
         f"{len(steps)} steps in {seconds:.1f} s, {rate:,.0f} sampled tokens/s",
         f"  median step {statistics.median(total):.0f} ms: {split}",
-        f"  largest sampler/trainer gap {trainer.gap:.1e} nats, {trainer.skipped} steps skipped",
-        f"  whole run {trainer.log.records[-1]['time']:.0f} s",
+        f"  largest sampler/trainer gap {gap}, {trainer.skipped} steps skipped",
+        f"  warm start, RL and evaluations {trainer.log.records[-1]['time']:.0f} s",
     ]
 
 

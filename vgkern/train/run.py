@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
 import torch
 
+import vgkern
+
 from .checkpoint import load_policy, new_policy, save_checkpoint
 from .config import Config
-from .errors import ConfigError
+from .errors import ConfigError, RunError, TaskError, TrainingError
 from .log import Log, clock
 from .report import write_report
 from .tasks import Entry, Stream, make_task
@@ -23,6 +26,9 @@ VALIDATION = 256  # prompts that stop the warm start; never those of the evaluat
 
 def train(config: Config) -> Path:
     """Run `config`; returns the output folder."""
+    if config.threads > 4 * (os.cpu_count() or 1):  # some thousands of threads end the process
+        allowed = f"up to {4 * (os.cpu_count() or 1)} on this machine"
+        raise ConfigError(f"threads: got {config.threads}; allowed: {allowed}")
     torch.set_num_threads(config.threads)
     out = free_folder(config)
     try:
@@ -30,9 +36,13 @@ def train(config: Config) -> Path:
     except ValueError as error:  # a task's or model's own words for a setting it cannot take
         raise ConfigError(str(error)) from error
     print(f"vgkern train: {out}\n{config.show()}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    log = trainer.log = Log(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        log = trainer.log = Log(out)
+    except OSError as error:
+        reason = f"{out}: {error.strerror}; choose another folder with --out"
+        raise ConfigError(f"out: {reason}") from None
     try:
         if not config.model and config.warm_target:
             warm_up(trainer, warm, validation)
@@ -41,6 +51,10 @@ def train(config: Config) -> Path:
         reinforce(trainer, out, samples)
         save_checkpoint(trainer.policy, trainer.tokenizer, out / "final")
         print(write_report(out, config, trainer, samples), flush=True)
+    except (ValueError, vgkern.NonFiniteError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise TrainingError(f"{error} (metrics so far are in {out})") from error
     finally:
         log.close()
     return out
@@ -63,15 +77,25 @@ def build(config: Config) -> tuple[Trainer, list[Entry], Stream]:
 
     held_out = entries(f"held out {config.eval_seed}", config.eval_prompts, frozenset())
     exclude = frozenset(entry.question for entry in held_out)
-    validation = entries("validation", VALIDATION, exclude)
+    warming = not config.model and bool(config.warm_target)
+    try:
+        validation = entries("validation", VALIDATION, exclude)
+    except TaskError:  # a small data set; only a warm start needs more of it
+        if warming:
+            raise
+        validation = []
     exclude |= {entry.question for entry in validation}
     task = make_task(config.task, config.options, f"train {config.seed}", config.few_shot)
     demonstrations = make_task(config.task, config.options, f"warm {config.seed}", config.few_shot)
-    if not config.model and config.warm_target and config.warm_wrong and not hasattr(task, "wrong"):
+    if warming and config.warm_wrong and not hasattr(task, "wrong"):
         raise ConfigError(
             f"warm_wrong: got {config.warm_wrong}; allowed: 0, task {task.name!r} has no teacher"
         )
     policy, tokenizer = load_policy(config.model) if config.model else new_policy(config)
+    check = getattr(policy, "check", None)  # what cannot be encoded or is too long, said now
+    prompts = [tokenizer.encode(entry.question) for entry in held_out + validation]
+    if check is not None:
+        check([max(prompts, key=len)], task.max_new)
     stream = Stream(task, exclude)
     trainer = Trainer(config, policy, tokenizer, stream, held_out)
     return trainer, validation, Stream(demonstrations, exclude)

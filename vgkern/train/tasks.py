@@ -148,6 +148,9 @@ def make_task(name: str, options: dict[str, Any], seed: int | str, few_shot: int
         raise ValueError(f"task_options: got {options}; {error}") from None
 
 
+MOST = 1e6  # a larger reward is a fault of the task, and its square would leave fp32
+
+
 def checked_score(task: Task, text: str, entry: Entry) -> float:
     """`task.score`, or one exception that says which sample it failed on, and how."""
     where = f"task {task.name!r}, question {entry.question!r}, completion {text!r}"
@@ -155,11 +158,9 @@ def checked_score(task: Task, text: str, entry: Entry) -> float:
         reward = task.score(text, entry)
     except Exception as error:
         raise TaskError(f"{where}: score raised {type(error).__name__}: {error}") from error
-    if isinstance(reward, bool | int):
-        reward = float(reward)
-    if not isinstance(reward, float) or not abs(reward) < float("inf"):
-        raise TaskError(f"{where}: score returned {reward!r}; allowed: a finite float")
-    return reward
+    if not isinstance(reward, bool | int | float) or not abs(reward) <= MOST:
+        raise TaskError(f"{where}: score returned {reward!r}; allowed: a float within +-{MOST:g}")
+    return float(reward)
 
 
 class Stream:
@@ -174,11 +175,16 @@ class Stream:
         for _ in range(1000 * count):
             if len(entries) == count:
                 return entries
-            entry = self.task[self.cursor]
+            try:
+                entry = self.task[self.cursor]
+                question = entry.question
+            except Exception as error:
+                where = f"task {self.task.name!r}, entry {self.cursor}"
+                raise TaskError(f"{where}: {type(error).__name__}: {error}") from error
             self.cursor += 1
-            if entry.question in self.exclude or (distinct and entry.question in seen):
+            if question in self.exclude or (distinct and question in seen):
                 continue
-            seen.add(entry.question)
+            seen.add(question)
             entries.append(entry)
         raise TaskError(
             f"task {self.task.name!r} has too few different questions: found {len(entries)} of "

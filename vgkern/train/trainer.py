@@ -36,6 +36,8 @@ from .policy import Policy, Tokenizer
 from .tasks import Entry, Stream, Task
 
 GAP_WARN, GAP_ERROR = 1e-4, 1e-2  # sampler against trainer, nats, fp32
+LAST = ("clip_low", "clip_high", "dual_clip", "ratio_mean", "ratio_min", "ratio_max", "kl",
+        "grad_norm")  # fmt: skip
 SKIPS = 5  # consecutive non-finite steps before the run is given up
 EVAL_KEY = 1 << 32  # added to the seed: evaluation draws its own noise
 
@@ -83,7 +85,7 @@ class Trainer:
         )  # fmt: skip
         self.shuffle = random.Random(f"shuffled rewards/{config.seed}")
         self.skipped = self.skipped_in_a_row = 0
-        self.gap = 0.0  # the largest of the run
+        self.gap: float | None = None  # the largest of the run; None: nothing compared yet
 
     def step(self, index: int) -> dict[str, Any]:
         """Sample, score, update; returns the step's metrics."""
@@ -96,9 +98,13 @@ class Trainer:
         rewards = self.score(entries, rollout)
         batch = self.batch(prompts, rollout, rewards)
         t2 = time.perf_counter()
+        skipped = self.skipped
         metrics = self.update(batch) if batch.prompts else {"loss": 0.0, "grad_norm": 0.0}
+        if self.skipped == skipped:
+            self.skipped_in_a_row = 0
         t3 = time.perf_counter()
         return {
+            **metrics,  # of what was trained on: groups without a gradient are not among it
             "step": index,
             "reward": float(rewards.mean()),
             "groups_used": len(batch.prompts),
@@ -106,7 +112,6 @@ class Trainer:
             "length": float(rollout.lengths.float().mean()),
             "cut_off": float((~rollout.finished).float().mean()),
             "lr": rate,
-            **metrics,
             "skipped": self.skipped,
             "ms_rollout": 1e3 * (t1 - t0),
             "ms_score": 1e3 * (t2 - t1),
@@ -166,7 +171,8 @@ class Trainer:
         }[self.objective.reduction]
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """`updates_per_batch` optimizer steps on one batch; metrics are the first one's."""
+        """`updates_per_batch` optimizer steps on one batch. Metrics are the first pass's, but for
+        what only shows once the policy has moved (`LAST`), which are the last pass's."""
         first: dict[str, float] = {}
         for repeat in range(self.config.updates_per_batch):
             metrics = self.gradient(batch, first_pass=repeat == 0)
@@ -175,7 +181,10 @@ class Trainer:
             )
             metrics["grad_norm"] = float(norm)
             finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-            first = first or metrics
+            if first:
+                first.update({name: metrics[name] for name in LAST if name in metrics})
+            else:
+                first = dict(metrics)
             if not self.allowed(finite):
                 break
             self.check_gap(first["sampler_gap"])
@@ -237,7 +246,6 @@ class Trainer:
     def allowed(self, finite: bool) -> bool:
         """May this gradient reach the weights? Gives up after `SKIPS` in a row that may not."""
         if finite:
-            self.skipped_in_a_row = 0
             return True
         self.skipped += 1
         self.skipped_in_a_row += 1
@@ -255,9 +263,9 @@ class Trainer:
                 f"sampler and trainer disagree on a token's log-prob by {gap:.2e} (allowed: "
                 f"{GAP_ERROR}); padding, positions or the head differ between the two"
             )
-        if gap > GAP_WARN and self.gap <= GAP_WARN:
+        if gap > GAP_WARN and (self.gap or 0.0) <= GAP_WARN:
             self.log.line(f"warning: sampler and trainer disagree by {gap:.2e} (above {GAP_WARN})")
-        self.gap = max(self.gap, gap)
+        self.gap = max(self.gap or 0.0, gap)
 
     def evaluate(self, entries: list[Entry], temperature: float) -> tuple[float, list[str]]:
         """Mean score of one completion per entry, and the completions. 0 is greedy.
