@@ -9,6 +9,7 @@ avoid (logits, dh, dW), preallocated, by chunks of 512 rows (256 for the large h
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -165,8 +166,6 @@ def memory_rows() -> list[dict]:
 
 
 def small_arenas() -> dict[str, str]:
-    import os
-
     return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory must not hide a peak
 
 

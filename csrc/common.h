@@ -101,4 +101,11 @@ inline RowGrad row_grad(float c, float e, const RowStats& r, const Transform& t)
   return {it * (-c - e * r.entropy), it * -e, it * (c * -std::expm1(r.logp) - entropy_part)};
 }
 
+// dz of the target column, whose logit as z is zy: what the row's formula gives, times the slope of
+// the soft-cap there.
+inline float target_grad(const RowGrad& g, float zy, const Transform& t) {
+  const float s = t.softcap == 0.f ? 0.f : zy * (1.f / (t.inv_temperature * t.softcap));
+  return g.target * (1.f - s * s);
+}
+
 }  // namespace vgkern

@@ -299,7 +299,6 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
     dh = direct ? g.dhidden.narrow(0, k.rows[0], live)
                 : view(room(space_->dhidden, chunk_ * h), live, h);
   const Transform& tr = head_.transform;
-  const float cap = tr.softcap == 0.f ? 0.f : 1.f / (tr.inv_temperature * tr.softcap);
   for (int64_t t = 0; t < tiles_; ++t) {
     const int64_t v0 = t * tile_, n = std::min(tile_, head_.v - v0);
     float* block = space_->block.data() + t * chunk_ * tile_;
@@ -310,7 +309,7 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
       const bool here = y >= 0 && y < n;
       const float zy = here ? z[y] : 0.f;
       rows().grad(z, block + d * n, n, r.lse, coef[d].a, coef[d].b, tr);
-      if (here) block[d * n + y] = coef[d].target * (1.f - (zy * cap) * (zy * cap));
+      if (here) block[d * n + y] = target_grad(coef[d], zy, tr);
       if (pairs_) rows().narrow(kBF16, block + d * n, dz16 + d * n, n);
     });
     if (pairs_) {

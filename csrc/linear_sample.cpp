@@ -78,7 +78,7 @@ static std::tuple<Tensor, Tensor, Tensor> linear_sample_fwd(
   Tensor token = at::zeros({b}, at::TensorOptions().dtype(at::kLong));
   Tensor logp = at::zeros({b}, f32), entropy = at::zeros({b}, f32);
   const int64_t rows_at_once = std::min<int64_t>(std::max<int64_t>(b, 1), cut.any() ? kRows : 512);
-  const int64_t tile = cut.any() ? v : std::min<int64_t>(v, rows_at_once > 128 ? 4096 : 8192);
+  const int64_t tile = cut.any() ? v : tile_columns(rows_at_once, v);
   std::vector<float> block(rows_at_once * tile), wide, hid, panels;
   const GemmKernels& g = gemm();
   const bool pairs = head.dtype == kBF16 && g.bf16;

@@ -1,5 +1,4 @@
-// Row kernels on fp32 tiles: one table of function pointers per instruction set, chosen at run
-// time.
+// Row kernels on fp32 tiles: one table of function pointers per instruction set, by CPU.
 #pragma once
 #include <cstdint>
 

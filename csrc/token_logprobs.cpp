@@ -64,7 +64,6 @@ static Tensor token_logprobs_bwd(const Tensor& logits,   // [N, V]
   const float *ls = f32_rows(lse, n, "lse"), *dl = f32_rows(dlogp, n, "dlogp");
   const float* de = f32_rows(dentropy, n, "dentropy");
   const Transform t = transform_of(temperature, softcap);
-  const float cap = t.softcap == 0.f ? 0.f : 1.f / (t.inv_temperature * t.softcap);
   Tensor out = at::empty(logits.sizes(), logits.options());
   const Dtype dtype = dtype_of(logits);
   constexpr float inf = std::numeric_limits<float>::infinity();
@@ -84,7 +83,7 @@ static Tensor token_logprobs_bwd(const Tensor& logits,   // [N, V]
         const bool here = at >= 0 && at < m;
         const float zy = here ? z[at] : 0.f;
         rows().grad(z.data(), z.data(), m, ls[i], g.a, g.b, t);
-        if (here) z[at] = g.target * (1.f - (zy * cap) * (zy * cap));
+        if (here) z[at] = target_grad(g, zy, t);
         rows().narrow(dtype, z.data(), d + v0 * out.element_size(), m);
       }
     }

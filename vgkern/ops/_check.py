@@ -47,10 +47,15 @@ def same_device(**tensors: Tensor | None) -> torch.device:
     """All given tensors live on one device; returns it."""
     named = [(n, t) for n, t in tensors.items() if t is not None]
     first, ref = named[0]
-    for name, t in named[1:]:
-        if t.device != ref.device:
-            raise fail(name, f"a tensor on {t.device}", f"{ref.device}, the device of {first}")
+    on_device(ref.device, first, **dict(named[1:]))
     return ref.device
+
+
+def on_device(device: torch.device, owner: str, **tensors: object) -> None:
+    """Every tensor among these lives on `device`, that of `owner`."""
+    for name, t in tensors.items():
+        if isinstance(t, Tensor) and t.device != device:
+            raise fail(name, f"a tensor on {t.device}", f"{device}, the device of {owner}")
 
 
 def positive(name: str, x: object) -> float:

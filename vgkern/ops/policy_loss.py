@@ -209,10 +209,10 @@ def prepare(
         raise _check.fail("logp", f"shape {list(shape)}", "[B, T] or packed [N]")
     if len(shape) == 1 and (o.reduction in ("seq", "seq_sum") or not o.row_local):
         raise _check.fail("logp", "packed [N] rows", "[B, T] for a sequence-level objective")
-    same = {"old_logp": old, "ref_logp": ref, "sampler_logp": sampler, "mask": mask}
-    for name, t in {"advantages": advantages, **same}.items():
-        if isinstance(t, Tensor) and t.device != device:
-            raise _check.fail(name, f"a tensor on {t.device}", f"{device}, the device of logp")
+    _check.on_device(
+        device, "logp", advantages=advantages, old_logp=old, ref_logp=ref, sampler_logp=sampler,
+        mask=mask
+    )  # fmt: skip
     logs: list[Tensor | None] = []
     for name, t in (("old_logp", old), ("ref_logp", ref), ("sampler_logp", sampler)):
         if t is not None:

@@ -76,6 +76,11 @@ class Config:
             raise ConfigError(f"task_options: got {self.task_options!r}; allowed: a JSON object")
 
     @property
+    def warming(self) -> bool:
+        """A new model is warmed up; weights that are given start as they are."""
+        return not self.model and bool(self.warm_target)
+
+    @property
     def options(self) -> Any:
         try:
             return json.loads(self.task_options)

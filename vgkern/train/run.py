@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-import vgkern
-
 from .checkpoint import load_policy, new_policy, save_checkpoint
 from .config import Config
 from .errors import ConfigError, RunError, TaskError, TrainingError
@@ -44,16 +42,16 @@ def train(config: Config) -> Path:
         reason = f"{out}: {error.strerror}; choose another folder with --out"
         raise ConfigError(f"out: {reason}") from None
     try:
-        if not config.model and config.warm_target:
+        if config.warming:
             warm_up(trainer, warm, validation)
             save_checkpoint(trainer.policy, trainer.tokenizer, out / "start")
         samples = [evaluate(trainer, 0)]
         reinforce(trainer, out, samples)
         save_checkpoint(trainer.policy, trainer.tokenizer, out / "final")
         print(write_report(out, config, trainer, samples), flush=True)
-    except (ValueError, vgkern.NonFiniteError) as error:
-        if isinstance(error, RunError):
-            raise
+    except RunError:
+        raise
+    except ValueError as error:
         raise TrainingError(f"{error} (metrics so far are in {out})") from error
     finally:
         log.close()
@@ -77,17 +75,16 @@ def build(config: Config) -> tuple[Trainer, list[Entry], Stream]:
 
     held_out = entries(f"held out {config.eval_seed}", config.eval_prompts, frozenset())
     exclude = frozenset(entry.question for entry in held_out)
-    warming = not config.model and bool(config.warm_target)
     try:
         validation = entries("validation", VALIDATION, exclude)
     except TaskError:  # a small data set; only a warm start needs more of it
-        if warming:
+        if config.warming:
             raise
         validation = []
     exclude |= {entry.question for entry in validation}
     task = make_task(config.task, config.options, f"train {config.seed}", config.few_shot)
     demonstrations = make_task(config.task, config.options, f"warm {config.seed}", config.few_shot)
-    if warming and config.warm_wrong and not hasattr(task, "wrong"):
+    if config.warming and config.warm_wrong and not hasattr(task, "wrong"):
         raise ConfigError(
             f"warm_wrong: got {config.warm_wrong}; allowed: 0, task {task.name!r} has no teacher"
         )
