@@ -1,9 +1,11 @@
 """Shared by every test: backends, NaN-poisoned memory, the table of measured ratios."""
 
+import os
+
 import pytest
 import torch
 
-from vgkern.ops import _native
+from vgkern.ops import _backend
 
 torch.set_num_threads(2)
 
@@ -12,24 +14,20 @@ def pytest_addoption(parser):
     parser.addoption("--ratios", action="store_true", help="print error(backend) / error(eager)")
 
 
-def native_missing() -> str | None:
-    """Why the cpu backend cannot run here, or None."""
-    try:
-        _native.load()
-    except _native.NativeError as e:
-        return str(e)
-    return None
+# The backends that a run of the tests covers: Triton's interpreter needs a process of its own.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+BACKENDS = ("triton",) if INTERPRETED else ("torch", "cpu")
 
 
 def skip_unless_runs(backend: str) -> None:
-    why = native_missing() if backend == "cpu" else None
+    why = _backend._missing(backend, torch.device("cpu")) if backend != "torch" else None
     if why:
-        pytest.skip(f"no native kernels: {why}")
+        pytest.skip(f"backend {backend} does not run here: {why}")
 
 
-@pytest.fixture(params=["torch", "cpu"])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Each backend in turn; cpu skips where there is no native library."""
+    """Each backend in turn; skips where it cannot run."""
     skip_unless_runs(request.param)
     return request.param
 

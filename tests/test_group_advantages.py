@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import vgkern
 from vgkern.objectives import ESTIMATORS
 
-BACKENDS = [b for b in ("torch", "cpu") if b == "torch" or not conftest.native_missing()]
+BACKENDS = conftest.BACKENDS
 
 
 def test_by_hand(backend):

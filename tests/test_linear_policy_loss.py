@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import vgkern
-from vgkern import Objective, cases, objectives
+from vgkern import Objective, case_inputs, objectives
 
 
 def batch(b=6, t=5, h=16, v=200, dtype=torch.float32, seed=0):
-    x, logp, _ = cases.head((b, t), h, v, dtype, seed)
+    x, logp, _ = case_inputs.head((b, t), h, v, dtype, seed)
     return x["hidden"], x["weight"], x["targets"], logp
 
 
@@ -28,7 +28,7 @@ def test_dead_rows_change_nothing(backend):
     """Masked, zero-advantage and clipped rows: zero dh, and the others as if they were alone."""
     h, w, y, logp = batch()
     a = torch.tensor([1.0, 0.0, -1.0, 1.0, 0.0, 0.5])
-    mask = cases.padding(6, 5, 3)
+    mask = case_inputs.padding(6, 5, 3)
     old = logp.float().clone()
     old[3] -= 1.0  # A > 0 and ratio e: clipped
     h.requires_grad_(), w.requires_grad_()
@@ -53,7 +53,7 @@ def test_dead_rows_change_nothing(backend):
 def test_masked_rows_may_hold_anything(name, backend):
     """NaN in hidden states and log-probs, garbage in targets: the loss of what is not masked."""
     h, w, y, logp = batch()
-    mask = cases.padding(6, 5, 3)
+    mask = case_inputs.padding(6, 5, 3)
     a, old = torch.tensor([1.0, -1, 0.5, 2, -0.3, 1]), (logp + 0.1).float()
 
     def run(h, y, old):

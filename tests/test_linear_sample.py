@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import vgkern
-from vgkern import cases
+from vgkern import case_inputs
 
 
 def model(n=24, h=16, v=1000, seed=0, dtype=torch.float32, **kw):
-    x, _, _ = cases.head((n,), h, v, dtype, seed, **kw)
+    x, _, _ = case_inputs.head((n,), h, v, dtype, seed, **kw)
     x.pop("targets")
     return x
 

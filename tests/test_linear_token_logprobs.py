@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import vgkern
-from vgkern import cases
+from vgkern import case_inputs
 
 
 def head(shape=(6,), h=16, v=200, dtype=torch.float32, seed=0, **kw):
-    x, _, _ = cases.head(shape, h, v, dtype, seed, **kw)
+    x, _, _ = case_inputs.head(shape, h, v, dtype, seed, **kw)
     return x["hidden"], x["weight"], x["targets"]
 
 

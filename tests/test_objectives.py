@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vgkern
-from vgkern import Objective, cases, objectives
+from vgkern import Objective, case_inputs, objectives
 
 B, T = 6, 5
 
@@ -15,7 +15,7 @@ def batch(o, seed=0, side="right"):
     """logp and what a policy loss takes: padded, off-policy, some ratios beyond the clip."""
     g = torch.Generator().manual_seed(seed)
     logp = (-2 * torch.rand(B, T, generator=g) - 0.1).double()
-    x = cases.policy_rows(logp, o, seed, mask=cases.padding(B, T, seed, side))
+    x = case_inputs.policy_rows(logp, o, seed, mask=case_inputs.padding(B, T, seed, side))
     x["advantages"] = torch.tensor([1.0, -1.0, 0.7, -0.6, 0.0, 1.3])
     if o.entropy_coef:
         x["entropy"] = 3 * torch.rand(B, T, generator=g)
@@ -143,8 +143,8 @@ def test_against_token_loops(name, side, backend):
 def test_fused_is_the_composition(name, backend):
     """linear_policy_loss = policy_loss(linear_token_logprobs), value, gradients and metrics."""
     o = VARIANTS[name]
-    head, logp, _ = cases.head((B, T), 16, 200, torch.float32, 1)
-    x = cases.policy_rows(logp, o, 1, mask=cases.padding(B, T, 1))
+    head, logp, _ = case_inputs.head((B, T), 16, 200, torch.float32, 1)
+    x = case_inputs.policy_rows(logp, o, 1, mask=case_inputs.padding(B, T, 1))
     x["advantages"] = torch.tensor([1.0, -1.0, 0.7, -0.6, 0.0, 1.3])
     h, w, y = (head[k] for k in ("hidden", "weight", "targets"))
 
@@ -194,7 +194,7 @@ def test_micro_batches_with_a_normalizer(name, parts, backend):
 @pytest.mark.parametrize("explicit", [True, False])
 def test_ratio_one_is_reinforce(explicit, backend):
     """On policy, the clipped surrogate has REINFORCE's gradient, whatever the clip."""
-    h, w, y = (cases.head((B, T), 8, 64, torch.float32, 0)[0][k]
+    h, w, y = (case_inputs.head((B, T), 8, 64, torch.float32, 0)[0][k]
                for k in ("hidden", "weight", "targets"))  # fmt: skip
     a = torch.tensor([1.0, -1.0, 0.7, -0.6, 0.0, 1.3])
     logp = vgkern.linear_token_logprobs(h, w, y, backend=backend).logp

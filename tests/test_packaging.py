@@ -43,7 +43,13 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_has_every_source(wheel):
     found = {n for n in wheel.namelist() if n.startswith("vgkern/")}
-    rooms = [("", "*.py"), ("ops", "*.py"), ("train", "*.py"), ("kernels", "*.py")]
+    rooms = [
+        ("", "*.py"),
+        ("ops", "*.py"),
+        ("cases", "*.py"),
+        ("train", "*.py"),
+        ("kernels", "*.py"),
+    ]
     rooms += [("csrc", suffix) for suffix in ("*.cpp", "*.cu", "*.h", "*.cuh")]
     wanted = {f"vgkern/{room}/{p.name}".replace("//", "/")
               for room, glob in rooms for p in (ROOT / "vgkern" / room).glob(glob)}  # fmt: skip

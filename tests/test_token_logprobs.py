@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import vgkern
 
-BACKENDS = [b for b in ("torch", "cpu") if b == "torch" or not conftest.native_missing()]
+BACKENDS = conftest.BACKENDS
 QUICK = settings(
     max_examples=40, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture]

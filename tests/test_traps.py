@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vgkern
-from vgkern import Objective, cases, objectives
+from vgkern import Objective, case_inputs, objectives
 
 
 def grads(loss, *leaves):
@@ -24,7 +24,7 @@ def logits(n=5, v=33, seed=0, dtype=torch.float32):
 
 
 def head(shape=(6,), h=16, v=200, dtype=torch.float32, seed=0):
-    x, logp, _ = cases.head(shape, h, v, dtype, seed)
+    x, logp, _ = case_inputs.head(shape, h, v, dtype, seed)
     return x["hidden"], x["weight"], x["targets"], logp
 
 
@@ -141,7 +141,7 @@ def test_trap_06_padding_has_no_gradient(name, side, backend):
     """Padding changes neither value nor gradient; compared with each sequence alone."""
     b, t = 5, 6
     h, w, y, logp = head((b, t))
-    mask = cases.padding(b, t, 0, side)
+    mask = case_inputs.padding(b, t, 0, side)
     a = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3])
     old = (logp + 0.1 * torch.randn(b, t, generator=torch.Generator().manual_seed(0))).float()
     h.requires_grad_()
@@ -242,7 +242,7 @@ def test_trap_11_logits_are_not_rounded(dtype, backend):
 
 
 def test_trap_12_entropy_is_fp32(backend):
-    x, _, entropy = cases.head((64,), 64, 512, torch.bfloat16, 0)
+    x, _, entropy = case_inputs.head((64,), 64, 512, torch.bfloat16, 0)
     out = vgkern.linear_token_logprobs(**x, backend=backend)
     assert out.entropy.dtype == torch.float32
     assert float((out.entropy.double() - entropy).abs().max()) < 2e-5  # bf16 has steps of 3e-2
@@ -250,7 +250,7 @@ def test_trap_12_entropy_is_fp32(backend):
 
 def test_trap_13_temperature_scales_in_fp32(backend):
     for dtype in (torch.bfloat16, torch.float16):
-        x, logp, _ = cases.head((64,), 64, 512, dtype, 0, temperature=0.7)
+        x, logp, _ = case_inputs.head((64,), 64, 512, dtype, 0, temperature=0.7)
         out = vgkern.linear_token_logprobs(**x, backend=backend)
         assert float((out.logp.double() - logp).abs().max()) < 3e-5
         z, y = logits(64, 512, dtype=dtype)
@@ -333,7 +333,7 @@ def test_trap_23_each_output_has_its_gradient(linear, backend):
 def test_trap_24_uneven_micro_batches(name, backend):
     """Micro-batches of 1 and 5 sequences with the global normalizer: the gradient of the whole."""
     h, w, y, logp = head((6, 5))
-    mask = cases.padding(6, 5, 1)
+    mask = case_inputs.padding(6, 5, 1)
     old = (logp + 0.05).float()
     a = torch.randn(6, generator=torch.Generator().manual_seed(0))
     o = objectives.PRESETS[name].replace(max_length=5)

@@ -5,6 +5,7 @@ Order of asking: the `backend=` argument, `use_backend(...)`, the VGKERN_BACKEND
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 
 from vgkern.ops import _native
 
-BACKENDS = ("torch", "cpu")
+BACKENDS = ("torch", "cpu", "triton", "cuda")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger("vgkern")
 _forced: ContextVar[str | None] = ContextVar("vgkern_backend", default=None)  # per thread
@@ -26,44 +27,73 @@ class BackendError(RuntimeError):
 
 
 def choose(requested: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
-    """The backend for tensors of these dtypes on `device`: "torch" or "cpu"."""
+    """The backend for tensors of these dtypes on `device`: one of BACKENDS."""
     name = requested or _forced.get() or os.environ.get("VGKERN_BACKEND") or None
     if name is None:
         return _automatic(device, dtypes)
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}; allowed: {', '.join(BACKENDS)} or None")
-    if name == "cpu":
-        if device.type != "cpu":
-            raise BackendError(f"backend 'cpu': the tensors are on {device}; use backend='torch'")
-        wrong = [d for d in dtypes if d not in NATIVE_DTYPES]
-        if wrong:
-            raise BackendError(
-                f"backend 'cpu': no {wrong[0]} kernels; allowed: float32, bfloat16, float16, "
-                "or backend='torch'"
-            )
-        try:
-            _native.load()
-        except _native.NativeError as e:
-            raise BackendError(f"backend 'cpu': {e}") from e
+    if name == "torch":
+        return name
+    wrong = [d for d in dtypes if d not in NATIVE_DTYPES]
+    if wrong:
+        raise BackendError(
+            f"backend {name!r}: no {wrong[0]} kernels; allowed: float32, bfloat16, float16, "
+            "or backend='torch'"
+        )
+    why = _missing(name, device)
+    if why:
+        raise BackendError(f"backend {name!r}: {why}")
     return name
 
 
 def _automatic(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
-    if device.type != "cpu" or any(d not in NATIVE_DTYPES for d in dtypes):
+    """cpu on a CPU, triton on a GPU; torch where that cannot run, said once."""
+    if device.type not in ("cpu", "cuda") or any(d not in NATIVE_DTYPES for d in dtypes):
         return "torch"
-    try:
-        _native.load()
-    except _native.NativeError as e:
-        if "native" not in _said:
-            _said.add("native")
-            log.warning("vgkern: the torch backend runs, without native kernels: %s", e)
-        return "torch"
-    return "cpu"
+    name = "cpu" if device.type == "cpu" else "triton"
+    why = _missing(name, device)
+    if why and name not in _said:
+        _said.add(name)
+        log.warning("vgkern: the torch backend runs, without %s kernels: %s", name, why)
+    return "torch" if why else name
+
+
+def _missing(name: str, device: torch.device) -> str | None:
+    """Why `name` cannot run on tensors of `device`, with the remedy; None where it can."""
+    if name == "cpu":
+        if device.type != "cpu":
+            return f"the tensors are on {device}; use backend='torch'"
+        try:
+            _native.load()
+        except _native.NativeError as e:
+            return str(e)
+        return None
+    if name == "triton":
+        return _triton_missing(device)
+    return _cuda_missing(device)
+
+
+def _triton_missing(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+            return "the tensors are on cpu; use backend='cpu', or set TRITON_INTERPRET=1 to debug"
+    elif device.type != "cuda":
+        return f"the tensors are on {device}; use backend='torch'"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton, or use backend='torch'"
+    return None
+
+
+def _cuda_missing(device: torch.device) -> str | None:
+    from vgkern.ops import _cuda  # its own reasons: no nvcc, no GPU, a failed build
+
+    return _cuda.missing(device)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every op runs on `name` ("torch" or "cpu") or raises."""
+    """Within the block every op runs on `name` (one of BACKENDS) or raises BackendError."""
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}; allowed: {', '.join(BACKENDS)}")
     token = _forced.set(name)

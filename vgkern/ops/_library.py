@@ -1,16 +1,80 @@
-"""The `vgkern::` operators: schemas and fake kernels live here and in the op files. The C++ (and
-later CUDA) implementations register under their dispatch keys when the native library loads."""
+"""The registered operators: one schema and one fake kernel each, one namespace per fast backend.
 
+    vgkern::<op>          cpu: C++ in csrc/*.cpp, registered when the native library loads
+    vgkern_triton::<op>   kernels/<file>.py, imported at the first call
+    vgkern_cuda::<op>     csrc/*.cu behind vgkern/ops/_cuda.py
+
+An op's Function asks `operators(backend)` once, in forward, and keeps the answer for backward.
+"""
+
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-_LIB = torch.library.Library("vgkern", "DEF")
+NAMESPACES = {"cpu": "vgkern", "triton": "vgkern_triton", "cuda": "vgkern_cuda"}
+_LIBS = {b: torch.library.Library(name, "DEF") for b, name in NAMESPACES.items()}
+SECOND_ORDER = (
+    "the gradient of this op cannot be differentiated again on a fused backend; pass "
+    "backend='torch' to this call, or wrap it in `with vgkern.use_backend('torch'):`"
+)
 
 
-def define(schema: str, fake: Callable[..., Any]) -> None:
-    """Declare `vgkern::<schema>` and its shape function."""
+def define(schema: str, fake: Callable[..., Any], kernels: str) -> None:
+    """Declare `<namespace>::<schema>` for every backend, with its shape function.
+
+    `kernels` is the file of the op: vgkern.kernels.<kernels> has a launcher named like the
+    operator with the arguments of the schema.
+    """
     name = schema.split("(")[0]
-    _LIB.define(schema)
-    torch.library.register_fake(f"vgkern::{name}", fake, lib=_LIB)
+    for backend, lib in _LIBS.items():
+        lib.define(schema)
+        torch.library.register_fake(f"{NAMESPACES[backend]}::{name}", fake, lib=lib)
+    _LIBS["triton"].impl(name, _late(f"vgkern.kernels.{kernels}", name), _EXPLICIT)
+    _LIBS["cuda"].impl(name, _late("vgkern.ops._cuda", name), _EXPLICIT)
+
+
+_EXPLICIT = "CompositeExplicitAutograd"
+
+
+def _late(module: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call
+
+
+def operators(backend: str) -> Any:
+    """The namespace of torch.ops that runs on `backend` ("cpu", "triton" or "cuda")."""
+    return getattr(torch.ops, NAMESPACES[backend])
+
+
+class _Refuse(torch.autograd.Function):
+    """The first `count` tensors, tied to the others; its backward says why there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Any) -> tuple:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(SECOND_ORDER)
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that may run any number of times, but not be differentiated: that raises."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: torch.Tensor) -> tuple:
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return out
+        sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+        live = [g for g in out if g is not None]
+        tied = iter(_Refuse.apply(len(live), *live, *sources))
+        return tuple(g if g is None else next(tied) for g in out)
+
+    return run

@@ -15,7 +15,7 @@ from torch import Tensor
 from vgkern.objectives import ESTIMATORS
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
-from vgkern.ops._library import define
+from vgkern.ops._library import define, operators
 
 STD_EPS = 1e-4
 
@@ -72,14 +72,16 @@ def group_advantages(
             if int(counts.min()) < 2:
                 one = int(ids[counts.argmin()])
                 raise _check.fail("groups", f"a group of one (id {one})", "2 or more samples each")
-    if choose(backend, device) == "torch":
+    chosen = choose(backend, device)
+    if chosen == "torch":
         return group_advantages_ref(rewards, groups, estimator)
     code = ESTIMATORS.index(estimator)
-    out = torch.ops.vgkern.group_advantages_fwd(rewards.double(), groups.contiguous(), code)
+    out = operators(chosen).group_advantages_fwd(rewards.double(), groups.contiguous(), code)
     return out.to(rewards.dtype)
 
 
 define(
     "group_advantages_fwd(Tensor rewards, Tensor groups, int estimator) -> Tensor",
     lambda rewards, groups, estimator: torch.empty_like(rewards),
+    kernels="group_advantages",
 )

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vgkern import objectives
 from vgkern.objectives import Objective
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
-from vgkern.ops._library import define
+from vgkern.ops._library import define, once, operators
 from vgkern.ops.group_advantages import group_advantages
 from vgkern.ops.linear_token_logprobs import (
     grads_like,
@@ -65,6 +64,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
@@ -75,25 +75,26 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         needs: list[bool],
     ) -> tuple:
         options = (*scalars, o.pack(), needs)
-        loss, logp, counts, *grads = torch.ops.vgkern.linear_policy_loss_fwd(
+        loss, logp, counts, *grads = operators(backend).linear_policy_loss_fwd(
             hidden, weight, bias, targets, *rows, *options
         )
         ctx.save_for_backward(hidden, weight, bias, targets, *rows)
-        ctx.options, ctx.made = options, grads
+        ctx.options, ctx.made, ctx.ops = options, grads, operators(backend)
         ctx.mark_non_differentiable(logp, counts)
         return loss, logp, counts
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple:
         tensors = ctx.saved_tensors
         grads, ctx.made = ctx.made, None
         if grads is None:
-            grads = torch.ops.vgkern.linear_policy_loss_fwd(*tensors, *ctx.options)[3:]
+            grads = ctx.ops.linear_policy_loss_fwd(*tensors, *ctx.options)[3:]
         return (
+            None,
             *(
                 g.mul_(dloss).to(x.dtype) if n else None
-                for g, x, n in zip(grads, tensors, ctx.needs_input_grad[:3], strict=False)
+                for g, x, n in zip(grads, tensors, ctx.needs_input_grad[1:4], strict=False)
             ),
             *[None] * 5,
         )
@@ -147,7 +148,7 @@ def linear_policy_loss(
         needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
         needs = [n and torch.is_grad_enabled() for n in needs]
         loss, _, counts = LinearPolicyLossFunction.apply(
-            h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs
+            chosen, h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs
         )
     else:
         lp = linear_token_logprobs(
@@ -194,4 +195,5 @@ define(
     "Tensor? sampler_logp, float temperature, float softcap, float[] objective, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    kernels="linear_policy_loss",
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
-from vgkern.ops._library import define
+from vgkern.ops._library import define, operators
 from vgkern.ops.linear_token_logprobs import linear_inputs, linear_logits_ref
 from vgkern.ops.noise import Noise
 
@@ -98,13 +98,14 @@ def linear_sample(
     if min_p is not None and not 0 <= min_p <= 1:
         raise _check.fail("min_p", min_p, "0 <= min_p <= 1, or None")
     cut = (min(top_k or 0, vocab), 1.0 if top_p is None else top_p, min_p or 0.0)
-    if choose(backend, device, hidden.dtype) == "torch":
+    chosen = choose(backend, device, hidden.dtype)
+    if chosen == "torch":
         flat = Noise(noise.seed, *rows)
         out = linear_sample_ref(h2, hw, bias, flat, t, _check.softcap(softcap), *cut)
     else:
         seed = noise.seed - 2**64 if noise.seed >= 2**63 else noise.seed  # int64 on the way down
         out = Sample(
-            *torch.ops.vgkern.linear_sample_fwd(
+            *operators(chosen).linear_sample_fwd(
                 h2, hw, bias, seed, *rows, t, _check.softcap(softcap), *cut
             )
         )
@@ -134,4 +135,5 @@ define(
     "Tensor position, Tensor temperature, float softcap, int top_k, float top_p, float min_p) "
     "-> (Tensor, Tensor, Tensor)",
     _fake,
+    kernels="linear_sample",
 )

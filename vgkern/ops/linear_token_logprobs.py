@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
-from vgkern.ops._library import define
+from vgkern.ops._library import define, once, operators
 from vgkern.ops.token_logprobs import TokenLogprobs, token_logprobs_ref
 
 
@@ -51,25 +50,27 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [N] int64
         scalars: tuple,
     ) -> tuple:
-        out = torch.ops.vgkern.linear_logprobs_fwd(hidden, weight, bias, targets, *scalars)
+        ctx.ops = operators(backend)
+        out = ctx.ops.linear_logprobs_fwd(hidden, weight, bias, targets, *scalars)
         ctx.save_for_backward(hidden, weight, bias, targets, *out)
         ctx.scalars = scalars
         return out[0], out[1]
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple:
-        needs = list(ctx.needs_input_grad[:3])
-        grads = torch.ops.vgkern.linear_logprobs_bwd(
+        needs = list(ctx.needs_input_grad[1:4])
+        grads = ctx.ops.linear_logprobs_bwd(
             *ctx.saved_tensors, dlogp.contiguous(), dentropy.contiguous(), *ctx.scalars, needs
         )
-        return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None)
+        return (None, *(g if n else None for g, n in zip(grads, needs, strict=True)), None, None)
 
 
 def linear_token_logprobs(
@@ -98,10 +99,13 @@ def linear_token_logprobs(
     _check.same_device(hidden=hidden, targets=targets)
     scalars = (_check.positive("temperature", temperature), _check.softcap(softcap), ignore_index)
     _check.target_range("targets", targets, weight.shape[0], targets != ignore_index)
-    if choose(backend, device, hidden.dtype) == "torch":
+    chosen = choose(backend, device, hidden.dtype)
+    if chosen == "torch":
         out = linear_token_logprobs_ref(hidden, weight, bias, targets, *scalars)
     else:
-        logp, ent = LinearTokenLogprobsFunction.apply(h2, hw, bias, targets.reshape(-1), scalars)
+        logp, ent = LinearTokenLogprobsFunction.apply(
+            chosen, h2, hw, bias, targets.reshape(-1), scalars
+        )
         out = TokenLogprobs(logp.view(targets.shape), ent.view(targets.shape))
     _check.no_nan("hidden", out.logp.detach(), "the log-probability (hidden, weight or bias)")
     return out
@@ -150,9 +154,14 @@ def _fake_bwd(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 _SCALARS = "float temperature, float softcap, int ignore_index"
-define(f"linear_logprobs_fwd({_HEAD}, {_SCALARS}) -> (Tensor, Tensor, Tensor)", _fake_fwd)
+define(
+    f"linear_logprobs_fwd({_HEAD}, {_SCALARS}) -> (Tensor, Tensor, Tensor)",
+    _fake_fwd,
+    kernels="linear_token_logprobs",
+)
 define(
     f"linear_logprobs_bwd({_HEAD}, Tensor logp, Tensor entropy, Tensor lse, Tensor dlogp, "
     f"Tensor dentropy, {_SCALARS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _fake_bwd,
+    kernels="linear_token_logprobs",
 )

@@ -7,9 +7,14 @@
 No tile, batch, rank, device or order enters, so a training step regenerates the very noise that
 chose a token in a rollout from (seed, sequence, position). The form of g is fine near u = 0, where
 the argmax is decided; the usual -log(-log(u)) in fp32 is capped at 16.6, this one at 22.9.
+Gaussian noise has a counter plane of its own, v // 4 + 2^31, and is Box-Muller on pairs of words:
+with u1, u2 the u of words 2j and 2j + 1, normals 2j and 2j + 1 are sqrt(-2 log u1) times
+cos(2 pi u2) and sin(2 pi u2); at most 6.8.
+
 Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +25,7 @@ from vgkern.ops import _check
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
+NORMAL = 1 << 31  # the counter plane of Gaussian noise
 
 
 @dataclass(frozen=True)
@@ -63,18 +69,28 @@ class Noise:
             raise _check.fail("noise", got, f"shapes that broadcast to {list(shape)}") from None
         return s.to(device).reshape(-1).contiguous(), p.to(device).reshape(-1).contiguous()
 
-    def words(self, vocab: int) -> Tensor:
-        """The random 32-bit words as int64 [..., vocab]."""
+    def words(self, vocab: int, plane: int = 0) -> Tensor:
+        """The random 32-bit words as int64 [..., vocab]; `plane` is or-ed to counter word 0."""
         shape = torch.broadcast_shapes(self.sequence.shape, self.position.shape)
         s, p = self.rows(shape, self.sequence.device)
-        quads = torch.arange((vocab + 3) // 4, device=s.device)
+        quads = torch.arange((vocab + 3) // 4, device=s.device) | plane
         words = philox(self.seed, (quads, p[:, None], s[:, None] & _MASK, s[:, None] >> 32))
         return torch.stack(words, -1).flatten(-2)[:, :vocab].reshape(*shape, vocab)
 
     def gumbel(self, vocab: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard Gumbel noise [..., vocab]: the definition that every backend follows."""
-        u = ((self.words(vocab).double() + 0.5) * 2.0**-32).to(dtype).clamp(max=1 - 2.0**-24)
-        return -torch.log(-torch.log1p(-u))
+        return -torch.log(-torch.log1p(-_uniform(self.words(vocab), dtype)))
+
+    def normal(self, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal noise [..., n]: the definition that every backend follows."""
+        u1, u2 = _uniform(self.words(n + n % 2, NORMAL), dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        radius, angle = (-2 * u1.log()).sqrt(), 2 * math.pi * u2
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(-2)[..., :n]
+
+
+def _uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """(word + 0.5) / 2^32, rounded once to `dtype`, and at most 1 - 2^-24."""
+    return ((words.double() + 0.5) * 2.0**-32).to(dtype).clamp(max=1 - 2.0**-24)
 
 
 def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:

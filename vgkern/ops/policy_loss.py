@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vgkern import objectives
 from vgkern.objectives import Objective
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
-from vgkern.ops._library import define
+from vgkern.ops._library import define, once, operators
 
 CLAMP = 20.0
 # what the backends count, in the order of their metrics tensor; sums and extremes over active rows
@@ -118,6 +117,7 @@ class PolicyLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         logp: Tensor,  # [B, T]
         entropy: Tensor | None,  # [B, T]
         advantages: Tensor,  # [B, T]
@@ -125,7 +125,7 @@ class PolicyLossFunction(torch.autograd.Function):
         logs: tuple[Tensor | None, Tensor | None, Tensor | None],  # old, ref, sampler
         o: Objective,
     ) -> tuple:
-        loss, dlogp, dentropy, counts = torch.ops.vgkern.policy_loss_fwd(
+        loss, dlogp, dentropy, counts = operators(backend).policy_loss_fwd(
             logp, advantages, weight, *logs, entropy, o.pack()
         )
         ctx.save_for_backward(dlogp, dentropy)
@@ -133,13 +133,14 @@ class PolicyLossFunction(torch.autograd.Function):
         return loss, counts
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple:
         dlogp, dentropy = ctx.saved_tensors
         needs = ctx.needs_input_grad
         return (
-            dlogp * dloss if needs[0] else None,
-            dentropy * dloss if needs[1] else None,
+            None,
+            dlogp * dloss if needs[1] else None,
+            dentropy * dloss if needs[2] else None,
             *[None] * 4,
         )
 
@@ -174,13 +175,19 @@ def policy_loss(
     if entropy is not None:
         _check.rows_like("entropy", _check.floating("entropy", entropy), logp.shape)
         _check.same_device(logp=logp, entropy=entropy)
-    if choose(backend, logp.device, logp.dtype) == "torch":
+    chosen = choose(backend, logp.device, logp.dtype)
+    if chosen == "torch":
         a, w, old, ref, sampler = rows
         loss, counts = policy_loss_ref(logp, a, w, o, old, ref, sampler, entropy)
     else:
         two = tuple(None if t is None else _pair(t) for t in rows)
         loss, counts = PolicyLossFunction.apply(
-            _pair(logp), None if entropy is None else _pair(entropy.float()), *two[:2], two[2:], o
+            chosen,
+            _pair(logp),
+            None if entropy is None else _pair(entropy.float()),
+            *two[:2],
+            two[2:],
+            o,
         )
     return PolicyLoss(loss, metrics_dict(counts))
 
@@ -289,4 +296,5 @@ define(
         torch.empty_like(logp),
         logp.new_empty(len(COUNTS)),
     ),
+    kernels="policy_loss",
 )

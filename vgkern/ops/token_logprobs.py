@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
-from vgkern.ops._library import define
+from vgkern.ops._library import define, once, operators
 
 
 class TokenLogprobs(NamedTuple):
@@ -58,18 +57,20 @@ class TokenLogprobsFunction(torch.autograd.Function):
     """`vgkern::token_logprobs_fwd` / `_bwd` under autograd. Once differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, scalars: tuple) -> tuple:
-        logp, entropy, lse = torch.ops.vgkern.token_logprobs_fwd(logits, targets, *scalars)
+    def forward(ctx: Any, backend: str, logits: Tensor, targets: Tensor, scalars: tuple) -> tuple:
+        ctx.ops = operators(backend)
+        logp, entropy, lse = ctx.ops.token_logprobs_fwd(logits, targets, *scalars)
         ctx.save_for_backward(logits, targets, logp, entropy, lse)
         ctx.scalars = scalars
         return logp, entropy
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple:
         grads = (dlogp.contiguous(), dentropy.contiguous())
         return (
-            torch.ops.vgkern.token_logprobs_bwd(*ctx.saved_tensors, *grads, *ctx.scalars),
+            None,
+            ctx.ops.token_logprobs_bwd(*ctx.saved_tensors, *grads, *ctx.scalars),
             None,
             None,
         )
@@ -99,12 +100,13 @@ def token_logprobs(
     device = _check.same_device(logits=logits, targets=targets)
     scalars = (_check.positive("temperature", temperature), _check.softcap(softcap), ignore_index)
     _check.target_range("targets", targets, logits.shape[-1], targets != ignore_index)
-    if choose(backend, device, logits.dtype) == "torch":
+    chosen = choose(backend, device, logits.dtype)
+    if chosen == "torch":
         out = token_logprobs_ref(logits, targets, *scalars)
     else:
         flat = logits.reshape(-1, logits.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-        logp, entropy = TokenLogprobsFunction.apply(flat, targets.reshape(-1), scalars)
+        logp, entropy = TokenLogprobsFunction.apply(chosen, flat, targets.reshape(-1), scalars)
         out = TokenLogprobs(logp.view(targets.shape), entropy.view(targets.shape))
     _check.no_nan("logits", out.logp.detach(), "the log-probability")
     return out
@@ -122,9 +124,11 @@ _SCALARS = "float temperature, float softcap, int ignore_index"
 define(
     f"token_logprobs_fwd(Tensor logits, Tensor targets, {_SCALARS}) -> (Tensor, Tensor, Tensor)",
     _fake_fwd,
+    kernels="token_logprobs",
 )
 define(
     "token_logprobs_bwd(Tensor logits, Tensor targets, Tensor logp, Tensor entropy, Tensor lse, "
     f"Tensor dlogp, Tensor dentropy, {_SCALARS}) -> Tensor",
     _fake_bwd,
+    kernels="token_logprobs",
 )

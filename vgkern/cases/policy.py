@@ -1,0 +1,148 @@
+"""Cases of the advantage and policy-loss ops."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgkern import objectives
+from vgkern.case_inputs import GARBAGE, Inputs, group_rewards, head, padding, policy_rows
+from vgkern.cases._case import Case, head_bytes, nhv, size
+from vgkern.objectives import Objective
+
+
+def _active(x: Inputs) -> int:
+    o = objectives.resolve(x["objective"])
+    shape = x["targets"].shape
+    live = torch.ones(shape, dtype=torch.bool) if x.get("mask") is None else x["mask"] != 0
+    a = x["advantages"]
+    a = a.reshape(-1, 1) if a.ndim < len(shape) else a
+    return int((live if o.beta or o.entropy_coef else live & (a != 0)).sum())
+
+
+def _linear_policy_flops(x: Inputs) -> int:
+    _, h, v = nhv(x)
+    return (6 if objectives.resolve(x["objective"]).row_local else 8) * _active(x) * h * v
+
+
+def group_advantages(name: str, b: int, estimator: str, constant: float | None = None) -> Case:
+    def make(dtype: torch.dtype, seed: int) -> Inputs:
+        rewards, groups = group_rewards(b, seed)
+        if constant is not None:
+            rewards = torch.where(rewards > 0, constant, rewards)
+        return {"rewards": rewards.to(dtype), "groups": groups, "estimator": estimator}
+
+    return Case(
+        name,
+        "group_advantages",
+        make,
+        lambda x: 6 * x["rewards"].numel(),
+        lambda x: 2 * size(x["rewards"]) + size(x["groups"]),
+        (),
+        (torch.float32, torch.bfloat16, torch.float64),
+    )
+
+
+def policy_loss(name: str, shape: tuple[int, ...], objective: Objective, **kw: Any) -> Case:
+    side = kw.pop("pad", None)
+
+    def make(dtype: torch.dtype, seed: int) -> Inputs:
+        g = torch.Generator().manual_seed(seed)
+        logp = -2 * torch.randn(*shape, generator=g).to(dtype).abs()
+        mask = padding(shape[0], shape[1], seed, side) if side else None
+        x = policy_rows(logp.double(), objective, seed, mask=mask, **kw)
+        if objective.entropy_coef:
+            x["entropy"] = 3 * torch.rand(*shape, generator=g).to(dtype)
+        return {"logp": logp, **x}
+
+    return Case(
+        name,
+        "policy_loss",
+        make,
+        lambda x: 30 * x["logp"].numel(),
+        lambda x: size(*(t for t in x.values() if isinstance(t, Tensor))) + size(x["logp"]),
+        ("logp", "entropy"),
+        (torch.float32, torch.float64),
+    )
+
+
+def linear_policy_loss(
+    name: str, shape: tuple[int, ...], h: int, v: int, objective: Objective, **kw: Any
+) -> Case:
+    side = kw.pop("pad", None)
+    rows = {k: kw.pop(k) for k in ("token_advantages", "on_policy") if k in kw}
+
+    def make(dtype: torch.dtype, seed: int) -> Inputs:
+        x, logp, _ = head(shape, h, v, dtype, seed, **kw)
+        mask = padding(shape[0], shape[1], seed, side) if side else None
+        if mask is not None:
+            x["targets"] = x["targets"].where(mask, GARBAGE)
+        return {**x, **policy_rows(logp, objective, seed, mask=mask, **rows)}
+
+    return Case(
+        name,
+        "linear_policy_loss",
+        make,
+        _linear_policy_flops,
+        lambda x: head_bytes(x, 1),
+        ("hidden", "weight", "bias"),
+    )
+
+
+_O = objectives
+_FULL = Objective(beta=0.1, entropy_coef=0.01, dual_clip=1.5, clip_high=0.28, reduction="token")
+
+CASES: tuple[Case, ...] = (
+    group_advantages("grpo", 32, "grpo"),
+    group_advantages("grpo-ragged", 23, "grpo"),
+    group_advantages("grpo-tenths", 33, "grpo", 0.1),
+    group_advantages("dr_grpo", 33, "dr_grpo", 0.1),
+    group_advantages("rloo", 23, "rloo"),
+    group_advantages("none", 23, "none"),
+    policy_loss("grpo", (8, 33), _O.GRPO, pad="right"),
+    policy_loss("grpo-on-policy", (8, 7), _O.GRPO, pad="left", on_policy=True),
+    policy_loss("dr_grpo", (8, 33), _O.DR_GRPO, pad="left"),
+    policy_loss("bnpo-token-advantages", (8, 7), _O.BNPO, pad="right", token_advantages=True),
+    policy_loss("dapo", (9, 33), _O.DAPO, pad="right"),
+    policy_loss("dapo-packed", (31,), _O.DAPO),
+    policy_loss("gspo", (10, 33), _O.GSPO, pad="right"),
+    policy_loss("reinforce", (8, 33), _O.REINFORCE, pad="left"),
+    policy_loss("full", (8, 33), _FULL, pad="right"),
+    policy_loss("one-token", (1, 1), _O.GRPO.replace(beta=0.1)),
+    policy_loss("zero-rows", (0, 5), _O.GRPO),
+    *(policy_loss(f"kl-{k}", (8, 7), Objective(kl=k, beta=0.3), pad="left") for k in _O.KLS),
+    policy_loss("kl-corrected", (8, 7), Objective(beta=0.3, kl_ratio_corrected=True), pad="left"),
+    policy_loss("kl-straight", (8, 7), Objective(beta=0.3, kl_straight_through=True), pad="left"),
+    *(policy_loss(f"sampler-{c}", (8, 7), Objective(sampler_correction=c), pad="right")
+      for c in _O.CORRECTIONS[1:]),
+    *(policy_loss(f"reduce-{r}", (8, 7), Objective(reduction=r), pad="right")
+      for r in _O.REDUCTIONS),
+    linear_policy_loss("grpo-h7-v31", (8, 5), 7, 31, _O.GRPO, pad="right"),
+    linear_policy_loss("grpo-on-policy", (8, 5), 64, 33, _O.GRPO, pad="left", on_policy=True),
+    linear_policy_loss("dr_grpo-h123-v1035", (6, 9), 123, 1035, _O.DR_GRPO, pad="right",
+                       bias="plain"),
+    linear_policy_loss("dapo-temperature", (8, 9), 64, 1000, _O.DAPO, pad="left", temperature=0.7),
+    linear_policy_loss("dapo-packed", (37,), 64, 1000, _O.DAPO),
+    linear_policy_loss("gspo", (10, 5), 64, 1000, _O.GSPO, pad="right"),
+    linear_policy_loss("reinforce-softcap", (8, 5), 64, 1000, _O.REINFORCE, pad="left",
+                       softcap=6.0),
+    linear_policy_loss("full-bias", (8, 9), 123, 1035, _FULL, pad="right", bias="plain",
+                       temperature=1.3),
+    linear_policy_loss("blocked", (8, 5), 64, 1000, _FULL, pad="right", bias="blocked"),
+    linear_policy_loss("sampler-token", (8, 5), 7, 33,
+                       Objective(sampler_correction="token_truncate"), pad="right"),
+    linear_policy_loss("sampler-sequence", (8, 5), 7, 33,
+                       Objective(sampler_correction="sequence_mask"), pad="right"),
+    linear_policy_loss("token-advantages", (4, 5), 7, 33, _O.BNPO, token_advantages=True),
+    linear_policy_loss("peaked", (8, 5), 64, 1000, _O.BNPO, pad="right", peaked=True),
+    linear_policy_loss("one-token", (1, 1), 1, 3, _FULL),
+    linear_policy_loss("zero-rows", (0, 5), 7, 33, _O.GRPO),
+)  # fmt: skip
+
+BENCH: tuple[Case, ...] = (
+    group_advantages("4096", 4096, "grpo"),
+    policy_loss("256x128", (256, 128), _O.GRPO, pad="right"),
+    linear_policy_loss("2048x256x8192", (64, 32), 256, 8192, _O.DAPO, token_advantages=True),
+    linear_policy_loss("1024x576x49152", (32, 32), 576, 49152, _O.DAPO, token_advantages=True),
+    linear_policy_loss("4096x576x49152", (64, 64), 576, 49152, _O.DAPO, token_advantages=True),
+)  # fmt: skip
