@@ -8,6 +8,9 @@ namespace vgkern {
 
 namespace {
 
+// A vendor GEMM sums a row in another order where there are only a few: there are never a few.
+constexpr int64_t kMinRows = 16;
+
 // Rows per block: 512 keep the GEMMs at their rate; a small vocabulary takes more rows (up to 16
 // MiB, which stays in the last cache), a huge one fewer (150 MiB bound the footprint).
 int64_t chunk_rows(int64_t rows, int64_t v) {
@@ -129,7 +132,7 @@ LinearRows::LinearRows(const Head& head, const int64_t* targets, std::vector<int
   const int64_t r = int64_t(active_.size());
   dense_ = r == head.n;
   pairs_ = head.dtype == kBF16 && gemm().bf16;
-  chunk_ = chunk_rows(r, head.v);
+  chunk_ = std::max(chunk_rows(r, head.v), kMinRows);
   tile_ = tile_columns(chunk_, head.v);
   tiles_ = (head.v + tile_ - 1) / tile_;
   if (Space::busy().try_lock())
@@ -247,7 +250,8 @@ void LinearRows::backward16(const Tensor& dz, int64_t v0, bool first_tile, Tenso
   if (g.need[0])
     accumulate(at::mm(dz, head_.weight.narrow(0, v0, n)), dh.data_ptr<float>(), first_tile);
   if (g.need[1])
-    accumulate(at::mm(dz.t(), hidden_), g.dweight.data_ptr<float>() + v0 * head_.h, g.first);
+    accumulate(at::mm(dz.narrow(0, 0, hidden_.size(0)).t(), hidden_),
+               g.dweight.data_ptr<float>() + v0 * head_.h, g.first);
 }
 
 void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads& g) {
@@ -292,12 +296,13 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   RowGrad* coef = room(space_->coef, chunk_);
   for (int64_t d = 0; d < live; ++d)
     coef[d] = row_grad(c[source[d]], e[source[d]], k.stats[source[d]], head_.transform);
-  const bool direct = dense_ && live == k.count;
+  const int64_t height = std::max(live, kMinRows);
+  const bool direct = dense_ && live == k.count && height == live;
   uint16_t* dz16 = pairs_ ? room(space_->dz16, chunk_ * tile_) : nullptr;
   Tensor dh;
   if (g.need[0])
     dh = direct ? g.dhidden.narrow(0, k.rows[0], live)
-                : view(room(space_->dhidden, chunk_ * h), live, h);
+                : view(room(space_->dhidden, chunk_ * h), height, h);
   const Transform& tr = head_.transform;
   for (int64_t t = 0; t < tiles_; ++t) {
     const int64_t v0 = t * tile_, n = std::min(tile_, head_.v - v0);
@@ -312,18 +317,20 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
       if (here) block[d * n + y] = target_grad(coef[d], zy, tr);
       if (pairs_) rows().narrow(kBF16, block + d * n, dz16 + d * n, n);
     });
+    std::fill(block + live * n, block + height * n, 0.f);
     if (pairs_) {
-      backward16(view16(dz16, live, n), v0, t == 0, dh, g);
+      std::fill(dz16 + live * n, dz16 + height * n, uint16_t(0));
+      backward16(view16(dz16, height, n), v0, t == 0, dh, g);
       add_bias(block, live, v0, n, g);
       continue;
     }
     Tensor dz = view(block, live, n);
     if (g.need[0]) {
-      Tensor w = weight_tile(t);
+      Tensor w = weight_tile(t), padded = view(block, height, n);
       if (t == 0)
-        at::mm_out(dh, dz, w);
+        at::mm_out(dh, padded, w);
       else
-        at::addmm_out(dh, dh, dz, w);
+        at::addmm_out(dh, dh, padded, w);
     }
     if (g.need[1]) {
       Tensor dw = g.dweight.narrow(0, v0, n);

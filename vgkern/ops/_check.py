@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+LOST = -(2**63)  # stands for a target out of range
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -43,6 +44,12 @@ def floating(name: str, x: object, ndim: int | None = None) -> Tensor:
     return x
 
 
+def can_look(device: torch.device) -> bool:
+    """May a check read values? On a GPU that is a host sync, and a traced graph has no values:
+    there a NaN or an id out of range comes out as NaN instead of an exception."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def same_device(**tensors: Tensor | None) -> torch.device:
     """All given tensors live on one device; returns it."""
     named = [(n, t) for n, t in tensors.items() if t is not None]
@@ -59,7 +66,7 @@ def on_device(device: torch.device, owner: str, **tensors: object) -> None:
 
 
 def positive(name: str, x: object) -> float:
-    if isinstance(x, bool) or not isinstance(x, Real) or not math.isfinite(x) or x <= 0:
+    if isinstance(x, bool) or not isinstance(x, Real) or not 0 < x < math.inf:
         raise fail(name, x, "a finite number > 0")
     return float(x)
 
@@ -83,20 +90,24 @@ def targets(name: str, x: object, shape: torch.Size) -> Tensor:
     return x
 
 
-def target_range(name: str, x: Tensor, vocab: int, live: Tensor | None) -> None:
-    """Ids outside [0, V) where `live`. CPU only: elsewhere looking would be a host sync."""
-    if x.device.type != "cpu" or x.numel() == 0:
-        return
+def target_range(name: str, x: Tensor, vocab: int, live: Tensor | None) -> Tensor:
+    """Refuses ids outside [0, V) where `live`. Where it cannot look (`can_look`) it turns them into
+    LOST, which no kernel looks up: their log-probability is NaN."""
+    if x.numel() == 0:
+        return x
     bad = (x < 0) | (x >= vocab)
     if live is not None:
         bad = bad & live
+    if not can_look(x.device):
+        return x.masked_fill(bad, LOST)
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
         raise fail(name, f"id {int(x[tuple(at)])} at {at}", f"0 <= id < {vocab} (vocabulary)")
+    return x
 
 
 def no_nan(name: str, x: Tensor, what: str) -> None:
     """One exception that names the first row (CPU only)."""
-    if x.device.type == "cpu" and bool(x.isnan().any()):
+    if can_look(x.device) and bool(x.isnan().any()):
         at = x.isnan().nonzero()[0].tolist()
         raise NonFiniteError(f"{name}: {what} is NaN at row {at}; allowed: logits without NaN")

@@ -16,6 +16,7 @@ import torch
 
 NAMESPACES = {"cpu": "vgkern", "triton": "vgkern_triton", "cuda": "vgkern_cuda"}
 _LIBS = {b: torch.library.Library(name, "DEF") for b, name in NAMESPACES.items()}
+_NAMES: list[str] = []
 SECOND_ORDER = (
     "the gradient of this op cannot be differentiated again on a fused backend; pass "
     "backend='torch' to this call, or wrap it in `with vgkern.use_backend('torch'):`"
@@ -29,6 +30,7 @@ def define(schema: str, fake: Callable[..., Any], kernels: str) -> None:
     operator with the arguments of the schema.
     """
     name = schema.split("(")[0]
+    _NAMES.append(name)
     for backend, lib in _LIBS.items():
         lib.define(schema)
         torch.library.register_fake(f"{NAMESPACES[backend]}::{name}", fake, lib=lib)
@@ -46,6 +48,11 @@ def _late(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def names() -> tuple[str, ...]:
+    """Every declared operator, without namespace."""
+    return tuple(_NAMES)
+
+
 def operators(backend: str) -> Any:
     """The namespace of torch.ops that runs on `backend` ("cpu", "triton" or "cuda")."""
     return getattr(torch.ops, NAMESPACES[backend])
@@ -55,8 +62,12 @@ class _Refuse(torch.autograd.Function):
     """The first `count` tensors, tied to the others; its backward says why there is none."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Any) -> tuple:
+    def forward(count: int, *tensors: Any) -> tuple:
         return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

@@ -62,7 +62,7 @@ def group_advantages(
     groups = _check.targets("groups", groups, rewards.shape)
     device = _check.same_device(rewards=rewards, groups=groups)
     rewards = rewards.detach()
-    if device.type == "cpu" and rewards.numel():
+    if _check.can_look(device) and rewards.numel():
         if not bool(rewards.isfinite().all()):
             at = int((~rewards.isfinite()).nonzero()[0])
             got = f"{rewards[at].item()} at {at}"

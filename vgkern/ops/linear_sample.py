@@ -120,7 +120,7 @@ def _temperatures(temperature: float | Tensor, shape: torch.Size, device: torch.
             _check.positive("temperature", temperature)
         return torch.full((shape.numel(),), float(temperature), device=device)
     t = _check.rows_like("temperature", temperature, shape, f"a number or {list(shape)}")
-    if t.device.type == "cpu" and not bool((t >= 0).all() & t.isfinite().all()):
+    if _check.can_look(t.device) and not bool((t >= 0).all() & t.isfinite().all()):
         raise _check.fail("temperature", f"values from {float(t.min())}", "finite numbers >= 0")
     return t.detach().to(device, torch.float32).reshape(-1).contiguous()
 

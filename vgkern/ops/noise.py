@@ -54,7 +54,7 @@ class Noise:
             x = _check.tensor(f"noise.{name}", x, "an int64 tensor")
             if x.dtype != torch.int64:
                 raise TypeError(f"noise.{name}: got {_check.describe(x)}; allowed: int64")
-            if x.device.type == "cpu" and x.numel():
+            if _check.can_look(x.device) and x.numel():
                 low, high = int(x.min()), int(x.max())
                 if low < 0 or (top is not None and high >= top):
                     allowed = f"0 <= {name}" + (" < 2**32" if top else "")

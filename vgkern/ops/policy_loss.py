@@ -234,7 +234,7 @@ def prepare(
     if mask is not None:
         m = _check.rows_like("mask", mask, shape) != 0
     a = _advantages(advantages, shape, dtype)
-    if device.type == "cpu" and bool((~a.isfinite() & m).any()):
+    if _check.can_look(device) and bool((~a.isfinite() & m).any()):
         raise _check.NonFiniteError("advantages: got NaN or inf; allowed: finite numbers")
     return o, (a, _weights(m, o, normalizer).to(dtype), *logs)
 
@@ -260,7 +260,7 @@ def _weights(m: Tensor, o: Objective, normalizer: float | Tensor | None) -> Tens
         if by.numel() != 1:
             raise _check.fail("normalizer", by, "a number, or a tensor of one")
         by = by.detach().reshape(()).to(m.device, torch.float64)
-    if m.device.type == "cpu":  # elsewhere looking would be a host sync
+    if _check.can_look(m.device):  # elsewhere looking would be a host sync
         by = float(by)
         if normalizer is not None and (by != 0 or bool(m.any())):  # 0: nothing anywhere counts
             _check.positive("normalizer", by)

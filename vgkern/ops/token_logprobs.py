@@ -38,10 +38,10 @@ def token_logprobs_ref(
     z = logits.double() if logits.dtype == torch.float64 else logits.float()
     if softcap:
         z = (softcap * torch.tanh(z / softcap)).where(z != -torch.inf, -torch.inf)  # still blocked
-    keep = targets != ignore_index
+    keep, known = targets != ignore_index, (targets >= 0) & (targets < z.shape[-1])
     z = (z / temperature).where(keep[..., None], 0)  # an ignored row may hold NaN
     blocked = torch.finfo(z.dtype).min  # stands for -inf without its 0 * inf
-    y = targets.where(keep, 0)[..., None]
+    y = targets.where(keep & known, 0)[..., None]
     dead = z.gather(-1, y).squeeze(-1) == -torch.inf
     z = (z - z.detach().amax(-1, keepdim=True).clamp(min=blocked)).clamp(min=blocked)
     zy = z.gather(-1, y).squeeze(-1)
@@ -50,30 +50,30 @@ def token_logprobs_ref(
     lp = z.log_softmax(-1)
     entropy = -(lp.exp() * lp.where(z > blocked, 0)).sum(-1)
     entropy = entropy.where(~dead, entropy.detach())  # no gradient from a row that cannot be
-    return TokenLogprobs((-F.softplus(gap, threshold=40)).where(keep, 0), entropy.where(keep, 0))
+    both = (-F.softplus(gap, threshold=40), entropy)
+    return TokenLogprobs(*(x.where(known, torch.nan).where(keep, 0) for x in both))
 
 
 class TokenLogprobsFunction(torch.autograd.Function):
     """`vgkern::token_logprobs_fwd` / `_bwd` under autograd. Once differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, logits: Tensor, targets: Tensor, scalars: tuple) -> tuple:
+    def forward(backend: str, logits: Tensor, targets: Tensor, scalars: tuple) -> tuple:
+        return operators(backend).token_logprobs_fwd(logits, targets, *scalars)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        backend, logits, targets, ctx.scalars = inputs
+        ctx.save_for_backward(logits, targets, *output)
+        ctx.mark_non_differentiable(output[2])
         ctx.ops = operators(backend)
-        logp, entropy, lse = ctx.ops.token_logprobs_fwd(logits, targets, *scalars)
-        ctx.save_for_backward(logits, targets, logp, entropy, lse)
-        ctx.scalars = scalars
-        return logp, entropy
 
     @staticmethod
     @once
-    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple:
+    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor, _: Tensor) -> tuple:
         grads = (dlogp.contiguous(), dentropy.contiguous())
-        return (
-            None,
-            ctx.ops.token_logprobs_bwd(*ctx.saved_tensors, *grads, *ctx.scalars),
-            None,
-            None,
-        )
+        dlogits = ctx.ops.token_logprobs_bwd(*ctx.saved_tensors, *grads, *ctx.scalars)
+        return None, dlogits, None, None
 
 
 def token_logprobs(
@@ -99,14 +99,15 @@ def token_logprobs(
     targets = _check.targets("targets", targets, logits.shape[:-1])
     device = _check.same_device(logits=logits, targets=targets)
     scalars = (_check.positive("temperature", temperature), _check.softcap(softcap), ignore_index)
-    _check.target_range("targets", targets, logits.shape[-1], targets != ignore_index)
+    live = targets != ignore_index
+    targets = _check.target_range("targets", targets, logits.shape[-1], live)
     chosen = choose(backend, device, logits.dtype)
     if chosen == "torch":
         out = token_logprobs_ref(logits, targets, *scalars)
     else:
         flat = logits.reshape(-1, logits.shape[-1])
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-        logp, entropy = TokenLogprobsFunction.apply(chosen, flat, targets.reshape(-1), scalars)
+        logp, entropy, _ = TokenLogprobsFunction.apply(chosen, flat, targets.reshape(-1), scalars)
         out = TokenLogprobs(logp.view(targets.shape), entropy.view(targets.shape))
     _check.no_nan("logits", out.logp.detach(), "the log-probability")
     return out
