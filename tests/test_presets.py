@@ -1,4 +1,4 @@
-"""What has to hold for every preset: locality, far-off values, NaN, no host sync, metrics, knobs."""
+"""What holds for every preset: locality, far-off values, NaN, no host sync, metrics, knobs."""
 
 import shutil
 import subprocess
