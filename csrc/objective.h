@@ -81,7 +81,7 @@ VG_HD inline float correction_weight(float gap, const Objective& o) {
   const float w = std::exp(clamped(gap));
   if (o.correction == kTokenTruncate || o.correction == kSequenceTruncate)
     return between(w, o.sampler_min, o.sampler_max);
-  return w >= o.sampler_min && w <= o.sampler_max ? w : 0.f;
+  return w < o.sampler_min || w > o.sampler_max ? 0.f : w;  // NaN stays visible
 }
 
 VG_HD inline float mismatch_part(const Token& t, const Objective& o) {

@@ -82,6 +82,13 @@ def test_nan_in_an_active_row_stays_visible(backend):
                 logp, torch.ones(1), objective=name, old_logp=old, backend=backend
             )
             assert out.loss.isnan(), name
+    one = torch.tensor([[-1.0, -1.0]])
+    for c in objectives.CORRECTIONS[1:]:  # a sampler that could not score a token
+        out = vgkern.policy_loss(
+            one, torch.ones(1), objective=Objective(sampler_correction=c), sampler_logp=logp,
+            backend=backend
+        )  # fmt: skip
+        assert out.loss.isnan(), c
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -128,7 +128,7 @@ def _correction(gap: Tensor, o: Objective) -> Tensor:
     w = gap.detach().clamp(-CLAMP, CLAMP).exp()
     if o.sampler_correction.endswith("truncate"):
         return w.clamp(o.sampler_min, o.sampler_max)
-    return w.where((w >= o.sampler_min) & (w <= o.sampler_max), 0)
+    return w.masked_fill((w < o.sampler_min) | (w > o.sampler_max), 0)  # NaN stays visible
 
 
 def _kl(e: Tensor, o: Objective) -> Tensor:
