@@ -32,7 +32,8 @@ def truncated_ref(
         rank = torch.arange(z.shape[-1], device=z.device)
         first = rank < (top_k or z.shape[-1])
         p = z.gather(-1, order).masked_fill(~first, -torch.inf).softmax(-1)
-        kept = (p.cumsum(-1) - p < top_p) & (p >= min_p * p[..., :1]) & first & ~greedy
+        mass = top_p if top_p < 1 else torch.inf  # a rounded sum reaches 1 before the last id
+        kept = (p.cumsum(-1) - p < mass) & (p >= min_p * p[..., :1]) & first & ~greedy
         kept = kept | (rank == 0)  # the most likely token always stays
         kept = torch.zeros_like(kept).scatter(-1, order, kept) | z.isnan().any(-1, keepdim=True)
     return z.masked_fill(~kept, -torch.inf)
