@@ -60,7 +60,12 @@ inline void for_rows(int64_t n, const F& f) {
   });
 }
 
-inline RowStats finish(const RowState& s) {
+// Below the public functions a target is an id of [0, v), or v: "elsewhere", in another shard of
+// the vocabulary. A row with anything else is never looked up: its log-probability is NaN.
+inline bool no_id(int64_t y, int64_t v) { return y < 0 || y > v; }
+
+// A target elsewhere has no column here; its logp is -lse.
+inline RowStats finish(const RowState& s, bool elsewhere = false) {
   constexpr float inf = std::numeric_limits<float>::infinity();
   RowStats r;
   if (std::isnan(s.max) || std::isnan(s.sum) || std::isnan(s.target) || s.target == inf) {
@@ -69,7 +74,7 @@ inline RowStats finish(const RowState& s) {
   }
   if (s.target == -inf) {  // a blocked target: logp -inf, the others keep their statistics
     r.lse = s.max == -inf ? -inf : s.max + std::log(s.sum);
-    r.logp = -inf;
+    r.logp = elsewhere ? -r.lse : -inf;
     r.entropy = s.max == -inf ? 0.f : std::log(s.sum) - s.dot / s.sum;
     return r;
   }
@@ -89,7 +94,16 @@ inline RowStats finish(const RowState& s) {
   return r;
 }
 
-inline RowState fresh() { return {-std::numeric_limits<float>::infinity(), 0.f, 0.f, 0.f}; }
+// A row whose target or whose every id is blocked has no gradient.
+inline bool blocked(const RowStats& r) {
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  return r.logp == -inf || r.lse == -inf;
+}
+
+inline RowState fresh() {  // no target yet: blocked
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  return {-inf, 0.f, 0.f, -inf};
+}
 
 // Coefficients of dz = p (a + b (z - lse)) + [v = y] target, from dl/dlogp and dl/dentropy.
 struct RowGrad {

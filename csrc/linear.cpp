@@ -62,14 +62,14 @@ Grads::Grads(const Head& head, c10::ArrayRef<bool> needs) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> Grads::finish(const Head& head, const OptTensor& bias,
-                                                 bool as_input) {
+                                                 bool as_input, bool fp32_dhidden) {
   if (need[1] && first) dweight.zero_();
   auto out = [&](bool needed, const Tensor& t, at::ScalarType dtype) {
     if (!needed) return at::empty({0}, head.hidden.options().dtype(as_input ? dtype : at::kFloat));
     return as_input ? t.to(dtype) : t;
   };
   const auto dtype = head.hidden.scalar_type();
-  return {out(need[0], dhidden, dtype), out(need[1], dweight, dtype),
+  return {out(need[0], dhidden, fp32_dhidden ? at::kFloat : dtype), out(need[1], dweight, dtype),
           out(need[2], dbias, bias ? bias->scalar_type() : dtype)};
 }
 
@@ -127,8 +127,9 @@ Tensor head_tile(const Head& head, int64_t v0, int64_t n, std::vector<float>& sp
   return view(w, n, head.h);
 }
 
-LinearRows::LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active)
-    : head_(head), targets_(targets), active_(std::move(active)) {
+LinearRows::LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active,
+                       const PerRow* per_row)
+    : head_(head), targets_(targets), active_(std::move(active)), per_row_(per_row) {
   const int64_t r = int64_t(active_.size());
   dense_ = r == head.n;
   pairs_ = head.dtype == kBF16 && gemm().bf16;
@@ -182,7 +183,13 @@ void LinearRows::widen_rows(const Chunk& k) {
   hidden_ = view(h, k.count, head_.h);
 }
 
-void LinearRows::logits(const Chunk& k, int64_t t) {
+Transform LinearRows::transform_of(int64_t row) const {
+  Transform t = head_.transform;
+  if (per_row_) t.inv_temperature = per_row_->inverse(row);
+  return t;
+}
+
+void LinearRows::logits(const Chunk& k, int64_t t, bool statistics) {
   const int64_t v0 = t * tile_, n = std::min(tile_, head_.v - v0);
   float* block = space_->block.data() + t * chunk_ * tile_;
   if (gemm().lanes) {
@@ -191,16 +198,50 @@ void LinearRows::logits(const Chunk& k, int64_t t) {
     Tensor out = view(block, k.count, n);
     at::mm_out(out, hidden_, weight_tile(t).t());
   }
-  const Transform& tr = head_.transform;
   for_rows(k.count, [&](int64_t i) {
     float* z = block + i * n;
+    const Transform tr = transform_of(k.rows[i]);
     if (!tr.plain()) rows().transform(z, n, v0, tr);
+    if (!statistics) return;
     const int64_t y = targets_[k.rows[i]] - v0;
     rows().stats(z, n, y >= 0 && y < n ? y : -1, space_->states[i]);
   });
 }
 
-void LinearRows::run(Grads* grads, const std::function<void(Chunk&, float*, float*)>& use) {
+// Statistics of whole rows, and the cut ids to -inf. (`logits` left the rows in tiles.)
+void LinearRows::score(const Chunk& k) {
+  const int64_t v = head_.v;
+  for_rows(k.count, [&](int64_t i) {
+    thread_local std::vector<float> whole;
+    thread_local Kept kept;
+    float* z = space_->block.data() + i * v;
+    auto tiles = [&](const auto& copy) {
+      for (int64_t t = 0; tiles_ > 1 && t < tiles_; ++t) {
+        const int64_t n = std::min(tile_, v - t * tile_);
+        copy(space_->block.data() + t * chunk_ * tile_ + i * n, z + t * tile_, n * sizeof(float));
+      }
+    };
+    if (tiles_ > 1) {
+      z = room(whole, v);
+      tiles([](const float* tile, float* row, size_t n) { std::memcpy(row, tile, n); });
+    }
+    const int64_t row = k.rows[i], y = targets_[row];
+    if (per_row_->temperature[row] == 0.f) {
+      k.stats[i] = greedy_score(z, v, y);
+      return;
+    }
+    const bool cut = per_row_->cut.any();
+    if (cut && !truncate(z, v, per_row_->cut, kept)) {
+      k.stats[i] = finish(sums(z, v, y));  // NaN
+      return;
+    }
+    k.stats[i] = row_score(z, v, y, cut ? &kept : nullptr);
+    if (cut) tiles([](float* tile, const float* row, size_t n) { std::memcpy(tile, row, n); });
+  });
+}
+
+void LinearRows::run(Grads* grads, const std::function<void(Chunk&, float*, float*)>& use,
+                     bool known) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (grads && grads->need[0] && !dense_) grads->dhidden.zero_();
   room(space_->block, tiles_ * chunk_ * tile_);
@@ -213,8 +254,11 @@ void LinearRows::run(Grads* grads, const std::function<void(Chunk&, float*, floa
     Chunk k{active_.data() + at, std::min(chunk_, total - at), space_->stats.data()};
     gather(k);
     std::fill_n(space_->states.begin(), k.count, fresh());
-    for (int64_t t = 0; t < tiles_; ++t) logits(k, t);
-    for (int64_t i = 0; i < k.count; ++i) k.stats[i] = finish(space_->states[i]);
+    const bool online = !known && !per_row_;
+    for (int64_t t = 0; t < tiles_; ++t) logits(k, t, online);
+    for (int64_t i = 0; online && i < k.count; ++i)
+      k.stats[i] = finish(space_->states[i], targets_[k.rows[i]] == head_.v);
+    if (per_row_) score(k);
     use(k, c, e);
     if (grads && grads->any()) backward(k, c, e, *grads);
   }
@@ -260,10 +304,7 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   // ever read, so rows can move while the gradient is written in place.
   int64_t* source = room(space_->source, chunk_);
   int64_t live = k.count;
-  auto dead = [&](int64_t i) {
-    return (c[i] == 0.f && e[i] == 0.f) ||
-           k.stats[i].logp == -std::numeric_limits<float>::infinity();
-  };
+  auto dead = [&](int64_t i) { return (c[i] == 0.f && e[i] == 0.f) || blocked(k.stats[i]); };
   for (int64_t d = 0; d < live; ++d) {
     source[d] = d;
     if (!dead(d)) continue;
@@ -295,7 +336,8 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   }
   RowGrad* coef = room(space_->coef, chunk_);
   for (int64_t d = 0; d < live; ++d)
-    coef[d] = row_grad(c[source[d]], e[source[d]], k.stats[source[d]], head_.transform);
+    coef[d] =
+        row_grad(c[source[d]], e[source[d]], k.stats[source[d]], transform_of(k.rows[source[d]]));
   const int64_t height = std::max(live, kMinRows);
   const bool direct = dense_ && live == k.count && height == live;
   uint16_t* dz16 = pairs_ ? room(space_->dz16, chunk_ * tile_) : nullptr;
@@ -303,11 +345,11 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   if (g.need[0])
     dh = direct ? g.dhidden.narrow(0, k.rows[0], live)
                 : view(room(space_->dhidden, chunk_ * h), height, h);
-  const Transform& tr = head_.transform;
   for (int64_t t = 0; t < tiles_; ++t) {
     const int64_t v0 = t * tile_, n = std::min(tile_, head_.v - v0);
     float* block = space_->block.data() + t * chunk_ * tile_;
     for_rows(live, [&](int64_t d) {
+      const Transform tr = transform_of(k.rows[source[d]]);
       const float* z = block + source[d] * n;
       const RowStats& r = k.stats[source[d]];
       const int64_t y = targets_[k.rows[source[d]]] - v0;

@@ -5,6 +5,7 @@
 
 #include "common.h"
 #include "gemm.h"
+#include "truncate.h"
 
 namespace vgkern {
 
@@ -25,8 +26,10 @@ struct Grads {
   Tensor dhidden, dweight, dbias;  // fp32 while accumulating
   Grads(const Head&, c10::ArrayRef<bool> needs);
   bool any() const { return need[0] || need[1] || need[2]; }
-  // in the dtypes of the inputs, or (`as_input` false) the fp32 sums as they are
-  std::tuple<Tensor, Tensor, Tensor> finish(const Head&, const OptTensor& bias, bool as_input);
+  // in the dtypes of the inputs, or (`as_input` false) the fp32 sums as they are; dhidden in fp32
+  // where it is one shard's share of a sum
+  std::tuple<Tensor, Tensor, Tensor> finish(const Head&, const OptTensor& bias, bool as_input,
+                                            bool fp32_dhidden = false);
   bool first = true;  // the first chunk writes dweight, later ones add
 };
 
@@ -37,17 +40,31 @@ struct Chunk {
   RowStats* stats;  // filled by forward
 };
 
+// A temperature per row of the caller (0: greedy), and the truncation of every row.
+struct PerRow {
+  const float* temperature;
+  Cut cut;
+  float inverse(int64_t row) const {
+    return temperature[row] == 0.f ? 1.f : 1.f / temperature[row];
+  }
+};
+
 class LinearRows {
  public:
-  LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active);
+  LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active,
+             const PerRow* per_row = nullptr);
   ~LinearRows();
   // For every chunk: logits, statistics, then `use(chunk)`, which fills c and e (dl/dlogp,
-  // dl/dentropy of each block row) when gradients are wanted.
-  void run(Grads* grads, const std::function<void(Chunk&, float* c, float* e)>& use);
+  // dl/dentropy of each block row) when gradients are wanted. `known`: `use` fills the statistics
+  // too, so none are computed.
+  void run(Grads* grads, const std::function<void(Chunk&, float* c, float* e)>& use,
+           bool known = false);
 
  private:
   struct Space;
-  void logits(const Chunk&, int64_t t);
+  Transform transform_of(int64_t row) const;
+  void logits(const Chunk&, int64_t t, bool statistics);
+  void score(const Chunk&);
   void backward(const Chunk&, const float* c, const float* e, Grads&);
   Tensor weight_tile(int64_t t);
   void gather(const Chunk&);
@@ -57,6 +74,7 @@ class LinearRows {
   const Head& head_;
   const int64_t* targets_;
   std::vector<int64_t> active_;
+  const PerRow* per_row_;
   bool dense_;  // the active rows are all rows, in order
   bool pairs_;  // bf16 stays bf16: this CPU multiplies its pairs faster than floats
   int64_t chunk_, tile_, tiles_;

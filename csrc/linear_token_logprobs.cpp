@@ -2,6 +2,29 @@
 
 namespace vgkern {
 
+namespace {
+
+// Rows to look at: not ignored, with an id (to `last`), and `wanted`; NaN goes to `missing`.
+template <class F>
+std::vector<int64_t> rows_with_id(const int64_t* y, int64_t n, int64_t last, int64_t ignore_index,
+                                  std::initializer_list<Tensor> missing, const F& wanted) {
+  std::vector<int64_t> active;
+  for (int64_t i = 0; i < n; ++i) {
+    if (y[i] == ignore_index) continue;
+    if (no_id(y[i], last)) {
+      for (const Tensor& t : missing)
+        t.data_ptr<float>()[i] = std::numeric_limits<float>::quiet_NaN();
+    } else if (wanted(i)) {
+      active.push_back(i);
+    }
+  }
+  return active;
+}
+
+bool any_row(int64_t) { return true; }
+
+}  // namespace
+
 static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_fwd(const Tensor& hidden,   // [N, H]
                                                               const Tensor& weight,   // [V, H]
                                                               const OptTensor& bias,  // [V]
@@ -14,10 +37,7 @@ static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_fwd(const Tensor& hidd
   auto f32 = at::TensorOptions().dtype(at::kFloat);
   Tensor logp = at::zeros({head.n}, f32), ent = at::zeros({head.n}, f32);
   Tensor lse = at::zeros({head.n}, f32);
-  std::vector<int64_t> active;
-  for (int64_t i = 0; i < head.n; ++i)
-    if (y[i] != ignore_index) active.push_back(i);
-  LinearRows run(head, y, std::move(active));
+  LinearRows run(head, y, rows_with_id(y, head.n, head.v, ignore_index, {logp, ent, lse}, any_row));
   run.run(nullptr, [&](Chunk& k, float*, float*) {
     for (int64_t i = 0; i < k.count; ++i) {
       logp.data_ptr<float>()[k.rows[i]] = k.stats[i].logp;
@@ -30,21 +50,76 @@ static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_fwd(const Tensor& hidd
 
 static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_bwd(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets,
-    const Tensor&, const Tensor&, const Tensor&,  // saved statistics: recomputed with the logits
-    const Tensor& dlogp,                          // [N]
-    const Tensor& dentropy,                       // [N]
-    double temperature, double softcap, int64_t ignore_index, c10::List<bool> needs) {
+    const Tensor& logp,  // [N], like the next two of the whole vocabulary where weight is a shard
+    const Tensor& entropy,   // [N]
+    const Tensor& lse,       // [N]
+    const Tensor& dlogp,     // [N]
+    const Tensor& dentropy,  // [N]
+    double temperature, double softcap, int64_t ignore_index, c10::List<bool> needs,
+    bool fp32_dhidden) {
   Head head(hidden, weight, bias, temperature, softcap);
   Tensor tgt = targets.contiguous();
   const int64_t* y = i64_rows(tgt, head.n, "targets");
-  const float* dl = f32_rows(dlogp, head.n, "dlogp");
-  const float* de = f32_rows(dentropy, head.n, "dentropy");
+  const float *lp = f32_rows(logp, head.n, "logp"), *en = f32_rows(entropy, head.n, "entropy");
+  const float* ls = f32_rows(lse, head.n, "lse");
+  const float *dl = f32_rows(dlogp, head.n, "dlogp"), *de = f32_rows(dentropy, head.n, "dentropy");
   bool flags[3] = {needs[0], needs[1], needs[2]};
   Grads grads(head, flags);
-  std::vector<int64_t> active;
-  for (int64_t i = 0; i < head.n; ++i)
-    if (y[i] != ignore_index && (dl[i] != 0.f || de[i] != 0.f)) active.push_back(i);
-  LinearRows run(head, y, std::move(active));
+  auto wanted = [&](int64_t i) {
+    return (dl[i] != 0.f || de[i] != 0.f) && !blocked({lp[i], en[i], ls[i]});
+  };
+  LinearRows run(head, y, rows_with_id(y, head.n, head.v, ignore_index, {}, wanted));
+  auto use = [&](Chunk& k, float* c, float* e) {
+    for (int64_t i = 0; i < k.count; ++i) {
+      const int64_t r = k.rows[i];
+      k.stats[i] = {lp[r], en[r], ls[r]};
+      c[i] = dl[r];
+      e[i] = de[r];
+    }
+  };
+  run.run(&grads, use, true);
+  return grads.finish(head, bias, true, fp32_dhidden);
+}
+
+static std::tuple<Tensor, Tensor> linear_truncated_logprobs_fwd(
+    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets,
+    const Tensor& temperature,  // [N], 0: greedy
+    double softcap, int64_t ignore_index, int64_t top_k, double top_p, double min_p) {
+  Head head(hidden, weight, bias, 1.0, softcap);
+  Tensor tgt = targets.contiguous();
+  const int64_t* y = i64_rows(tgt, head.n, "targets");
+  const PerRow per_row{f32_rows(temperature, head.n, "temperature"), {top_k, top_p, min_p}};
+  auto f32 = at::TensorOptions().dtype(at::kFloat);
+  Tensor logp = at::zeros({head.n}, f32), ent = at::zeros({head.n}, f32);
+  LinearRows run(head, y, rows_with_id(y, head.n, head.v - 1, ignore_index, {logp, ent}, any_row),
+                 &per_row);
+  run.run(nullptr, [&](Chunk& k, float*, float*) {
+    for (int64_t i = 0; i < k.count; ++i) {
+      logp.data_ptr<float>()[k.rows[i]] = k.stats[i].logp;
+      ent.data_ptr<float>()[k.rows[i]] = k.stats[i].entropy;
+    }
+  });
+  return {logp, ent};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> linear_truncated_logprobs_bwd(
+    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets,
+    const Tensor& dlogp,        // [N]
+    const Tensor& dentropy,     // [N]
+    const Tensor& temperature,  // [N], 0: greedy
+    double softcap, int64_t ignore_index, int64_t top_k, double top_p, double min_p,
+    c10::List<bool> needs) {
+  Head head(hidden, weight, bias, 1.0, softcap);
+  Tensor tgt = targets.contiguous();
+  const int64_t* y = i64_rows(tgt, head.n, "targets");
+  const float *dl = f32_rows(dlogp, head.n, "dlogp"), *de = f32_rows(dentropy, head.n, "dentropy");
+  const PerRow per_row{f32_rows(temperature, head.n, "temperature"), {top_k, top_p, min_p}};
+  bool flags[3] = {needs[0], needs[1], needs[2]};
+  Grads grads(head, flags);
+  auto wanted = [&](int64_t i) {
+    return (dl[i] != 0.f || de[i] != 0.f) && per_row.temperature[i] != 0.f;
+  };
+  LinearRows run(head, y, rows_with_id(y, head.n, head.v - 1, ignore_index, {}, wanted), &per_row);
   run.run(&grads, [&](Chunk& k, float* c, float* e) {
     for (int64_t i = 0; i < k.count; ++i) {
       c[i] = dl[k.rows[i]];
@@ -57,6 +132,8 @@ static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_bwd(
 TORCH_LIBRARY_IMPL(vgkern, CPU, m) {
   m.impl("linear_logprobs_fwd", &linear_logprobs_fwd);
   m.impl("linear_logprobs_bwd", &linear_logprobs_bwd);
+  m.impl("linear_truncated_logprobs_fwd", &linear_truncated_logprobs_fwd);
+  m.impl("linear_truncated_logprobs_bwd", &linear_truncated_logprobs_bwd);
 }
 
 }  // namespace vgkern

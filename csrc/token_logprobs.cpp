@@ -37,13 +37,18 @@ static std::tuple<Tensor, Tensor, Tensor> token_logprobs_fwd(const Tensor& logit
     std::vector<float> z(std::min(kTile, v));
     for (int64_t i = from; i < to; ++i) {
       if (y[i] == ignore_index) continue;
+      if (no_id(y[i], v)) {
+        constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+        logp.data_ptr<float>()[i] = ent.data_ptr<float>()[i] = lse.data_ptr<float>()[i] = nan;
+        continue;
+      }
       RowState s = fresh();
       for (int64_t v0 = 0; v0 < v; v0 += kTile) {
         const int64_t m = std::min(kTile, v - v0), at = y[i] - v0;
         load_tile(logits, i, v0, m, t, z.data());
         rows().stats(z.data(), m, at >= 0 && at < m ? at : -1, s);
       }
-      const RowStats r = finish(s);
+      const RowStats r = finish(s, y[i] == v);
       logp.data_ptr<float>()[i] = r.logp;
       ent.data_ptr<float>()[i] = r.entropy;
       lse.data_ptr<float>()[i] = r.lse;
@@ -66,12 +71,12 @@ static Tensor token_logprobs_bwd(const Tensor& logits,   // [N, V]
   const Transform t = transform_of(temperature, softcap);
   Tensor out = at::empty(logits.sizes(), logits.options());
   const Dtype dtype = dtype_of(logits);
-  constexpr float inf = std::numeric_limits<float>::infinity();
   at::parallel_for(0, n, 1, [&](int64_t from, int64_t to) {
     std::vector<float> z(std::min(kTile, v));
     for (int64_t i = from; i < to; ++i) {
       char* d = static_cast<char*>(out.data_ptr()) + i * v * out.element_size();
-      const bool dead = y[i] == ignore_index || (dl[i] == 0.f && de[i] == 0.f) || lp[i] == -inf;
+      const bool dead = y[i] == ignore_index || no_id(y[i], v) || (dl[i] == 0.f && de[i] == 0.f) ||
+                        blocked({lp[i], en[i], ls[i]});
       if (dead) {
         std::fill_n(d, v * out.element_size(), 0);
         continue;

@@ -15,8 +15,44 @@ def eager_token_logprobs(logits, targets, temperature=1.0, softcap=None, ignore_
     return {"logp": logp.where(keep, 0), "entropy": entropy.where(keep, 0)}
 
 
-def eager_linear_token_logprobs(hidden, weight, targets, bias=None, **options):
-    return eager_token_logprobs(F.linear(hidden, weight, bias), targets, **options)
+def eager_linear_token_logprobs(
+    hidden, weight, targets, bias=None, top_k=None, top_p=None, min_p=None, **options
+):
+    logits, t = F.linear(hidden, weight, bias), options.get("temperature")
+    if top_k is None and top_p is None and min_p is None and not isinstance(t, torch.Tensor):
+        return eager_token_logprobs(logits, targets, **options)
+    return eager_truncated(logits, targets, (top_k, top_p, min_p), **options)
+
+
+def eager_truncated(logits, targets, cut, temperature=1.0, softcap=None, ignore_index=-100):
+    """Row by row: mask the logits, then log_softmax, as samplers process them."""
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    z = z.masked_fill(logits == -torch.inf, -torch.inf).reshape(-1, logits.shape[-1])
+    t = torch.as_tensor(temperature, dtype=z.dtype).expand(targets.shape).reshape(-1)
+    logp, entropy = [], []
+    for row, temp, y in zip(z, t, targets.reshape(-1), strict=True):
+        if y == ignore_index:
+            logp.append(0 * row.sum().nan_to_num(0, 0, 0)), entropy.append(logp[-1])
+            continue
+        row = row / (temp if temp else 1)
+        keep = torch.isin(torch.arange(len(row)), kept(row, *(cut if temp else (1, None, None))))
+        lp = row.masked_fill(~keep, -torch.inf).log_softmax(-1)
+        h = -(lp.exp() * lp.masked_fill(lp == -torch.inf, 0)).sum()
+        dead = lp[y] == -torch.inf
+        logp.append(lp[y].detach() if dead else lp[y])
+        entropy.append(h.detach() if dead else h)
+    out = {"logp": logp, "entropy": entropy}
+    return {k: torch.stack(v).view(targets.shape) if v else 0 * z.sum() + z.new_zeros(targets.shape)
+            for k, v in out.items()}  # fmt: skip
+
+
+def kept(row, top_k=None, top_p=None, min_p=None):
+    """Ids that survive, most likely first, ties to the lowest id."""
+    order = row.detach().argsort(descending=True, stable=True)[:top_k]
+    p = row.detach()[order].softmax(-1)
+    before = p.cumsum(-1) - p
+    keep = (torch.arange(len(p)) == 0) | (before < (2 if top_p is None else top_p))
+    return order[keep & (p >= (min_p or 0) * p[0])]
 
 
 # What the oracle must see: (case, how the reference is broken)
@@ -39,4 +75,16 @@ MUTATIONS = {
     "linear_token_logprobs: no bias gradient": (
         "linear_token_logprobs-h7-v31-3d", reference(
             lambda ref, h, w, b, *a: ref(h, w, 0 * b + b.detach(), *a))),
+    "linear_token_logprobs: log-prob before truncation": (
+        "linear_token_logprobs-top-k", reference(
+            lambda ref, *a: ref(*a)._replace(logp=ref(*a[:7], (0, 1.0, 0.0)).logp))),
+    "linear_token_logprobs: entropy before truncation": (
+        "linear_token_logprobs-top-p", reference(
+            lambda ref, *a: ref(*a)._replace(entropy=ref(*a[:7], (0, 1.0, 0.0)).entropy))),
+    "linear_token_logprobs: rows share a temperature": (
+        "linear_token_logprobs-per-row-temperature", reference(
+            lambda ref, h, w, b, y, t, *a: ref(h, w, b, y, t.where(t == 0, t.mean()), *a))),
+    "linear_token_logprobs: truncated gradient 1% too large": (
+        "linear_token_logprobs-all-cuts", reference(
+            lambda ref, h, w, *a: ref(h, scaled_gradient(w), *a))),
 }  # fmt: skip

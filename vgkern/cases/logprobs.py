@@ -33,12 +33,19 @@ def token_logprobs(name: str, shape: tuple[int, ...], v: int, **kw: Any) -> Case
 
 def linear_token_logprobs(name: str, shape: tuple[int, ...], h: int, v: int, **kw: Any) -> Case:
     ignore = kw.pop("ignore", False)
+    cut: Inputs = {k: kw.pop(k) for k in ("top_k", "top_p", "min_p") if k in kw}
+    per_row = kw.get("temperature") == "per row"
+    if per_row:
+        del kw["temperature"]
 
     def make(dtype: torch.dtype, seed: int) -> Inputs:
         x, _, _ = head(shape, h, v, dtype, seed, **kw)
         if ignore:
             x["targets"].reshape(-1)[:: 1 if ignore == "all" else 3] = -100
-        return x
+        if per_row:
+            n = math.prod(shape)
+            x["temperature"] = torch.tensor([1.0, 0.0, 0.5, 1.75]).repeat(n)[:n].reshape(shape)
+        return {**x, **cut}
 
     return Case(
         name,
@@ -76,10 +83,21 @@ CASES: tuple[Case, ...] = (
     linear_token_logprobs("peaked", (12,), 64, 1000, peaked=True),
     linear_token_logprobs("blocked", (9,), 64, 1000, bias="blocked"),
     linear_token_logprobs("blocked-softcap", (9,), 64, 1000, bias="blocked", softcap=5.0),
+    linear_token_logprobs("per-row-temperature", (3, 7), 64, 1000, temperature="per row"),
+    linear_token_logprobs("top-k", (19,), 64, 1000, top_k=30),
+    linear_token_logprobs("top-p", (19,), 64, 1000, top_p=0.8, temperature=0.75),
+    linear_token_logprobs("min-p", (19,), 64, 1035, min_p=0.05, softcap=6.0),
+    linear_token_logprobs("all-cuts", (37,), 123, 1035, top_k=200, top_p=0.95, min_p=0.01,
+                          bias="blocked", ignore=True),
+    linear_token_logprobs("per-row-cuts", (20,), 64, 1000, top_k=60, top_p=0.9,
+                          temperature="per row", ignore=True),
+    linear_token_logprobs("peaked-top-p", (12,), 64, 1000, peaked=True, top_p=0.9999),
+    linear_token_logprobs("zero-rows-cut", (0,), 7, 33, top_k=3),
 )  # fmt: skip
 
 BENCH: tuple[Case, ...] = (
     token_logprobs("1024x8192", (1024,), 8192),
     linear_token_logprobs("2048x256x8192", (2048,), 256, 8192),
     linear_token_logprobs("1024x576x49152", (1024,), 576, 49152),
+    linear_token_logprobs("1024x576x49152-cuts", (1024,), 576, 49152, top_k=50, top_p=0.95),
 )  # fmt: skip

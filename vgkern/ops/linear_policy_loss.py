@@ -139,7 +139,7 @@ def linear_policy_loss(
         stats
     )  # fmt: skip
     live = rows[1] != 0
-    _check.target_range("targets", targets, weight.shape[0], live)
+    targets = _check.target_range("targets", targets, weight.shape[0], live)
     chosen = choose(backend, device, hidden.dtype)
     if chosen == "torch":
         loss, counts = linear_policy_loss_ref(hidden, weight, bias, targets, rows, o, *scalars)

@@ -2,7 +2,8 @@
 
     z = s(hidden weight^T + bias) / temperature        token = argmax_v z_v + g_v    (Gumbel-max)
     truncation, in this order: top_k, then top_p of what is left, then min_p relative to max p
-    logp, entropy: of the truncated, renormalised distribution that was sampled from
+    logp, entropy: of the truncated, renormalised distribution that was sampled from; what
+    `linear_token_logprobs` with the same options gives for the token
 
 g is `Noise.gumbel`: keyed by (seed, sequence, position, vocabulary id), so a token does not depend
 on batch, order, tile, threads or backend, but where two candidates are equal to rounding. Ties go
@@ -18,8 +19,10 @@ from torch import Tensor
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, operators
+from vgkern.ops._truncate import cuts, temperatures, truncated_ref
 from vgkern.ops.linear_token_logprobs import linear_inputs, linear_logits_ref
 from vgkern.ops.noise import Noise
+from vgkern.ops.token_logprobs import token_logprobs_ref
 
 
 class Sample(NamedTuple):
@@ -41,28 +44,10 @@ def linear_sample_ref(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Sample:
-    z = linear_logits_ref(hidden, weight, bias)
-    if softcap:
-        z = (softcap * torch.tanh(z / softcap)).where(z != -torch.inf, -torch.inf)  # still blocked
-    greedy = (temperature == 0)[:, None]
-    z = z / temperature[:, None].to(z.dtype).where(~greedy, 1)
-    if top_k or top_p < 1 or min_p:
-        z = _truncate_ref(z, top_k, top_p, min_p)
-    best = torch.zeros_like(z, dtype=torch.bool).scatter(-1, z.argmax(-1, keepdim=True), True)
-    z = z.masked_fill(greedy & ~best, -torch.inf)
-    lp = z.log_softmax(-1)
-    entropy = -(lp.exp() * lp.clamp(min=torch.finfo(lp.dtype).min)).sum(-1)
+    logits = linear_logits_ref(hidden, weight, bias)
+    z = truncated_ref(logits, temperature, softcap, top_k, top_p, min_p)
     token = (z + noise.gumbel(weight.shape[0], z.dtype)).argmax(-1)
-    return Sample(token, lp.gather(-1, token[:, None]).squeeze(-1), entropy)
-
-
-def _truncate_ref(z: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    order = torch.argsort(z, dim=-1, descending=True, stable=True)  # stable: ties to the lowest id
-    first = torch.arange(z.shape[-1], device=z.device) < (top_k or z.shape[-1])
-    p = z.gather(-1, order).masked_fill(~first, -torch.inf).softmax(-1)
-    kept = (p.cumsum(-1) - p < top_p) & (p >= min_p * p[:, :1]) & first
-    kept[:, 0] = True  # the most likely token always stays
-    return z.masked_fill(~torch.zeros_like(kept).scatter(-1, order, kept), -torch.inf)
+    return Sample(token, *token_logprobs_ref(z, token))
 
 
 @torch.no_grad()
@@ -86,18 +71,11 @@ def linear_sample(
     """
     device, h2, hw = linear_inputs(hidden.detach(), weight.detach(), bias)
     shape = hidden.shape[:-1]
-    vocab = weight.shape[0]
     if not isinstance(noise, Noise):
         raise TypeError(f"noise: got {_check.describe(noise)}; allowed: vgkern.Noise")
     rows = noise.rows(shape, device)
-    t = _temperatures(temperature, shape, device)
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise _check.fail("top_k", top_k, "an int >= 1, or None for no limit")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise _check.fail("top_p", top_p, "0 < top_p <= 1, or None")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise _check.fail("min_p", min_p, "0 <= min_p <= 1, or None")
-    cut = (min(top_k or 0, vocab), 1.0 if top_p is None else top_p, min_p or 0.0)
+    t = temperatures(temperature, shape, device)
+    cut = cuts(top_k, top_p, min_p, weight.shape[0])
     chosen = choose(backend, device, hidden.dtype)
     if chosen == "torch":
         flat = Noise(noise.seed, *rows)
@@ -111,18 +89,6 @@ def linear_sample(
         )
     _check.no_nan("hidden", out.logp, "the log-probability (hidden, weight or bias)")
     return Sample(*(x.reshape(shape) for x in out))
-
-
-def _temperatures(temperature: float | Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """One fp32 temperature per flattened row."""
-    if not isinstance(temperature, Tensor):
-        if temperature != 0:
-            _check.positive("temperature", temperature)
-        return torch.full((shape.numel(),), float(temperature), device=device)
-    t = _check.rows_like("temperature", temperature, shape, f"a number or {list(shape)}")
-    if _check.can_look(t.device) and not bool((t >= 0).all() & t.isfinite().all()):
-        raise _check.fail("temperature", f"values from {float(t.min())}", "finite numbers >= 0")
-    return t.detach().to(device, torch.float32).reshape(-1).contiguous()
 
 
 def _fake(hidden, weight, bias, seed, sequence, *rest):  # type: ignore[no-untyped-def]

@@ -3,6 +3,13 @@
     logits = hidden weight^T + bias, then exactly `token_logprobs`
     dh = dlogits W,   dW = dlogits^T h,   db = sum_i dlogits_i
 
+With a temperature per row, top_k, top_p or min_p: of the distribution that `linear_sample` draws
+from with the same options, kept set S = S(z) a constant (`_truncate`),
+
+    logp = z_y - lse_S(z), -inf where y is not in S         entropy = -sum_S p log p
+    dz_v = dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + entropy) in S, 0 outside, and no
+    gradient at all from a row whose target is not in S, or whose temperature is 0
+
 The cpu backend holds one [chunk, V] block of fp32 logits; its backward recomputes the block and
 turns it into dlogits in place. Rows whose dlogp and dentropy are both exactly 0 cost nothing there.
 dW accumulates in fp32 and is not computed when the head is frozen.
@@ -17,6 +24,7 @@ from torch import Tensor
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
+from vgkern.ops._truncate import cuts, temperatures, truncated_ref
 from vgkern.ops.token_logprobs import TokenLogprobs, token_logprobs_ref
 
 
@@ -25,12 +33,16 @@ def linear_token_logprobs_ref(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [...] int64
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # a tensor [...] brings the cuts with it
     softcap: float = 0.0,
     ignore_index: int = -100,
+    cut: tuple[int, float, float] = (0, 1.0, 0.0),  # top_k, top_p, min_p
 ) -> TokenLogprobs:
     live = hidden.where((targets != ignore_index)[..., None], 0)  # an ignored row may hold NaN
     logits = linear_logits_ref(live, weight, bias)
+    if isinstance(temperature, Tensor):
+        logits = truncated_ref(logits, temperature, softcap, *cut)
+        temperature, softcap = 1.0, 0.0
     return token_logprobs_ref(logits, targets, temperature, softcap, ignore_index)
 
 
@@ -73,40 +85,88 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
         return (None, *(g if n else None for g, n in zip(grads, needs, strict=True)), None, None)
 
 
+class LinearTruncatedLogprobsFunction(torch.autograd.Function):
+    """`vgkern::linear_truncated_logprobs_fwd` / `_bwd` under autograd. Once differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [N] int64
+        temperature: Tensor,  # [N] fp32
+        scalars: tuple,
+    ) -> tuple:
+        ctx.ops = operators(backend)
+        ctx.save_for_backward(hidden, weight, bias, targets, temperature)
+        ctx.scalars = scalars
+        return ctx.ops.linear_truncated_logprobs_fwd(
+            hidden, weight, bias, targets, temperature, *scalars
+        )
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple:
+        needs = list(ctx.needs_input_grad[1:4])
+        *head, temperature = ctx.saved_tensors
+        grads = ctx.ops.linear_truncated_logprobs_bwd(
+            *head, dlogp.contiguous(), dentropy.contiguous(), temperature, *ctx.scalars, needs
+        )
+        grads = (g if n else None for g, n in zip(grads, needs, strict=True))
+        return (None, *grads, None, None, None)
+
+
 def linear_token_logprobs(
     hidden: Tensor,  # [..., H] fp32|bf16|fp16|fp64
     weight: Tensor,  # [V, H] dtype of hidden
     targets: Tensor,  # [...] int64
     *,
     bias: Tensor | None = None,  # [V] dtype of hidden, or fp32
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # one, or one per row [...]; 0: greedy
     softcap: float | None = None,
     ignore_index: int = -100,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     group: Any = None,
     backend: str | None = None,
 ) -> TokenLogprobs:
     """The core drop-in: log-probability of each target and entropy, both differentiable.
 
     Gradients flow to hidden, weight and bias, in their dtypes. Formula: module docstring.
+    With a temperature per row, top_k, top_p or min_p it scores what `linear_sample` draws from.
 
-    Raises ValueError / TypeError naming the argument for a wrong shape, dtype, device or target,
-    NonFiniteError for NaN logits (on CPU), NotImplementedError for a process `group`.
+    Raises ValueError / TypeError naming the argument for a wrong shape, dtype, device, bound or
+    target, NonFiniteError for NaN logits (on CPU), NotImplementedError for a process `group`.
     """
     if group is not None:
         raise NotImplementedError("group: the vocab-parallel form is not there yet; pass None")
     device, h2, hw = linear_inputs(hidden, weight, bias)
-    targets = _check.targets("targets", targets, hidden.shape[:-1])
+    shape = hidden.shape[:-1]
+    targets = _check.targets("targets", targets, shape)
     _check.same_device(hidden=hidden, targets=targets)
-    scalars = (_check.positive("temperature", temperature), _check.softcap(softcap), ignore_index)
-    _check.target_range("targets", targets, weight.shape[0], targets != ignore_index)
-    chosen = choose(backend, device, hidden.dtype)
-    if chosen == "torch":
-        out = linear_token_logprobs_ref(hidden, weight, bias, targets, *scalars)
+    cap, per_row = _check.softcap(softcap), isinstance(temperature, Tensor)
+    cut = cuts(top_k, top_p, min_p, weight.shape[0])
+    if per_row or any(x is not None for x in (top_k, top_p, min_p)):
+        t = temperatures(temperature, shape, device)
     else:
-        logp, ent = LinearTokenLogprobsFunction.apply(
-            chosen, h2, hw, bias, targets.reshape(-1), scalars
+        t = _check.positive("temperature", temperature)
+    live = targets != ignore_index
+    targets = _check.target_range("targets", targets, weight.shape[0], live)
+    chosen = choose(backend, device, hidden.dtype)
+    flat = targets.reshape(-1)
+    if chosen == "torch":
+        rows = t.view(shape) if isinstance(t, Tensor) else t
+        out = linear_token_logprobs_ref(hidden, weight, bias, targets, rows, cap, ignore_index, cut)
+    elif isinstance(t, Tensor):
+        out = LinearTruncatedLogprobsFunction.apply(
+            chosen, h2, hw, bias, flat, t, (cap, ignore_index, *cut)
         )
-        out = TokenLogprobs(logp.view(targets.shape), ent.view(targets.shape))
+    else:
+        out = LinearTokenLogprobsFunction.apply(chosen, h2, hw, bias, flat, (t, cap, ignore_index))
+    out = TokenLogprobs(*(x.view(shape) for x in out))
     _check.no_nan("hidden", out.logp.detach(), "the log-probability (hidden, weight or bias)")
     return out
 
@@ -149,7 +209,9 @@ def _fake_fwd(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-
 
 
 def _fake_bwd(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
-    return grads_like(hidden, weight, bias, rest[-1])
+    fp32_dhidden, needs = (rest[-1], rest[-2]) if isinstance(rest[-1], bool) else (False, rest[-1])
+    dhidden, *others = grads_like(hidden, weight, bias, needs)
+    return (dhidden.float() if fp32_dhidden else dhidden, *others)
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
@@ -161,7 +223,26 @@ define(
 )
 define(
     f"linear_logprobs_bwd({_HEAD}, Tensor logp, Tensor entropy, Tensor lse, Tensor dlogp, "
-    f"Tensor dentropy, {_SCALARS}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"Tensor dentropy, {_SCALARS}, bool[] needs, bool fp32_dhidden=False) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_bwd,
+    kernels="linear_token_logprobs",
+)
+
+
+def _fake_truncated(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
+    return tuple(hidden.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
+
+
+_CUT = "float softcap, int ignore_index, int top_k, float top_p, float min_p"
+define(
+    f"linear_truncated_logprobs_fwd({_HEAD}, Tensor temperature, {_CUT}) -> (Tensor, Tensor)",
+    _fake_truncated,
+    kernels="linear_token_logprobs",
+)
+define(
+    f"linear_truncated_logprobs_bwd({_HEAD}, Tensor dlogp, Tensor dentropy, Tensor temperature, "
+    f"{_CUT}, bool[] needs) -> (Tensor, Tensor, Tensor)",
     _fake_bwd,
     kernels="linear_token_logprobs",
 )
