@@ -66,7 +66,7 @@ def on_device(device: torch.device, owner: str, **tensors: object) -> None:
 
 
 def positive(name: str, x: object) -> float:
-    if isinstance(x, bool) or not isinstance(x, Real) or not 0 < x < math.inf:
+    if isinstance(x, bool) or not isinstance(x, Real) or not 0 < float(x) < math.inf:
         raise fail(name, x, "a finite number > 0")
     return float(x)
 

@@ -63,7 +63,6 @@ class LinearPolicyLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
@@ -74,14 +73,16 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         scalars: tuple[float, float],
         needs: list[bool],
     ) -> tuple:
-        options = (*scalars, o.pack(), needs)
-        loss, logp, counts, *grads = operators(backend).linear_policy_loss_fwd(
-            hidden, weight, bias, targets, *rows, *options
+        return operators(backend).linear_policy_loss_fwd(
+            hidden, weight, bias, targets, *rows, *scalars, o.pack(), needs
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        backend, hidden, weight, bias, targets, rows, o, scalars, needs = inputs
         ctx.save_for_backward(hidden, weight, bias, targets, *rows)
-        ctx.options, ctx.made, ctx.ops = options, grads, operators(backend)
-        ctx.mark_non_differentiable(logp, counts)
-        return loss, logp, counts
+        ctx.options, ctx.made, ctx.ops = (*scalars, o.pack(), needs), output[3:], operators(backend)
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     @once
@@ -147,7 +148,7 @@ def linear_policy_loss(
         flat = tuple(None if t is None else t.reshape(-1).contiguous() for t in rows)
         needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
         needs = [n and torch.is_grad_enabled() for n in needs]
-        loss, _, counts = LinearPolicyLossFunction.apply(
+        loss, _, counts, *_ = LinearPolicyLossFunction.apply(
             chosen, h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs
         )
     else:

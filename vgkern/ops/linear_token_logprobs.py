@@ -61,7 +61,6 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
@@ -69,15 +68,18 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
         targets: Tensor,  # [N] int64
         scalars: tuple,
     ) -> tuple:
+        return operators(backend).linear_logprobs_fwd(hidden, weight, bias, targets, *scalars)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        backend, *head, ctx.scalars = inputs
+        ctx.save_for_backward(*head, *output)
+        ctx.mark_non_differentiable(output[2])
         ctx.ops = operators(backend)
-        out = ctx.ops.linear_logprobs_fwd(hidden, weight, bias, targets, *scalars)
-        ctx.save_for_backward(hidden, weight, bias, targets, *out)
-        ctx.scalars = scalars
-        return out[0], out[1]
 
     @staticmethod
     @once
-    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple:
+    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor, _: Tensor) -> tuple:
         needs = list(ctx.needs_input_grad[1:4])
         grads = ctx.ops.linear_logprobs_bwd(
             *ctx.saved_tensors, dlogp.contiguous(), dentropy.contiguous(), *ctx.scalars, needs
@@ -90,7 +92,6 @@ class LinearTruncatedLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
@@ -99,12 +100,15 @@ class LinearTruncatedLogprobsFunction(torch.autograd.Function):
         temperature: Tensor,  # [N] fp32
         scalars: tuple,
     ) -> tuple:
-        ctx.ops = operators(backend)
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature)
-        ctx.scalars = scalars
-        return ctx.ops.linear_truncated_logprobs_fwd(
+        return operators(backend).linear_truncated_logprobs_fwd(
             hidden, weight, bias, targets, temperature, *scalars
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        backend, *tensors, ctx.scalars = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.ops = operators(backend)
 
     @staticmethod
     @once
@@ -149,6 +153,7 @@ def linear_token_logprobs(
     _check.same_device(hidden=hidden, targets=targets)
     cap, per_row = _check.softcap(softcap), isinstance(temperature, Tensor)
     cut = cuts(top_k, top_p, min_p, weight.shape[0])
+    t: float | Tensor
     if per_row or any(x is not None for x in (top_k, top_p, min_p)):
         t = temperatures(temperature, shape, device)
     else:
@@ -166,7 +171,7 @@ def linear_token_logprobs(
         )
     else:
         out = LinearTokenLogprobsFunction.apply(chosen, h2, hw, bias, flat, (t, cap, ignore_index))
-    out = TokenLogprobs(*(x.view(shape) for x in out))
+    out = TokenLogprobs(out[0].view(shape), out[1].view(shape))
     _check.no_nan("hidden", out.logp.detach(), "the log-probability (hidden, weight or bias)")
     return out
 

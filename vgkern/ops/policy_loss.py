@@ -174,7 +174,6 @@ class PolicyLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         logp: Tensor,  # [B, T]
         entropy: Tensor | None,  # [B, T]
@@ -183,17 +182,20 @@ class PolicyLossFunction(torch.autograd.Function):
         logs: tuple[Tensor | None, Tensor | None, Tensor | None],  # old, ref, sampler
         o: Objective,
     ) -> tuple:
-        loss, dlogp, dentropy, counts = operators(backend).policy_loss_fwd(
+        return operators(backend).policy_loss_fwd(
             logp, advantages, weight, *logs, entropy, o.pack()
         )
-        ctx.save_for_backward(dlogp, dentropy)
-        ctx.mark_non_differentiable(counts)
-        return loss, counts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _, dlogp, dentropy, counts = output
+        ctx.save_for_backward(dlogp, dentropy, *inputs[1:3])  # these two for `once` to see
+        ctx.mark_non_differentiable(dlogp, dentropy, counts)
 
     @staticmethod
     @once
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple:
-        dlogp, dentropy = ctx.saved_tensors
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple:
+        dlogp, dentropy, *_ = ctx.saved_tensors
         needs = ctx.needs_input_grad
         return (
             None,
@@ -239,7 +241,7 @@ def policy_loss(
         loss, counts = policy_loss_ref(logp, a, w, o, old, ref, sampler, entropy)
     else:
         two = tuple(None if t is None else _pair(t) for t in rows)
-        loss, counts = PolicyLossFunction.apply(
+        loss, _, _, counts = PolicyLossFunction.apply(
             chosen,
             _pair(logp),
             None if entropy is None else _pair(entropy.float()),
