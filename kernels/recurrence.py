@@ -19,12 +19,11 @@ TILE = 64  # widest matrix that is held whole
 
 @triton.jit
 def _keep(done, b, t, xb, xt, gamma, DONE: tl.constexpr):
-    """(has the episode ended after t, the factor of M x)."""
+    """(the episode goes on after t, the factor of M x)."""
+    alive = t >= 0
     if DONE:
-        ended = tl.load(done + b * xb + t * xt) != 0
-    else:
-        ended = t < 0
-    return ended, tl.where(ended, 0.0, gamma)
+        alive = tl.load(done + b * xb + t * xt) == 0
+    return alive, tl.where(alive, gamma, 0.0)
 
 
 @triton.jit
@@ -53,7 +52,7 @@ def _recurrence_whole_kernel(
     t = tl.full((), steps - 1 if REVERSE else 0, tl.int64)
     x = _row(first, b, 0, fb, 0, fn, i, n)
     for _ in range(steps):
-        ended, keep = _keep(done, b, t, xb, xt, gamma, DONE)
+        alive, keep = _keep(done, b, t, xb, xt, gamma, DONE)
         row = b * steps + t
         if OUT:
             tl.store(out + b * wb + t * wt + i, x.to(out.dtype.element_ty), mask=i < n)
@@ -61,7 +60,8 @@ def _recurrence_whole_kernel(
             slope = x * _eps(seed, sequence, position, row, 0, BLOCK)
             tl.store(dsigma + row * n + i, slope.to(dsigma.dtype.element_ty), mask=i < n)
         cells = jacobian + b * jb + t * jt + i[:, None] * jr + i[None, :] * jc
-        m = tl.load(cells, mask=inside & (ended == 0), other=0).to(tl.float32)
+        some = (i < tl.where(alive, n, 0))[:, None] & (i < n)[None, :]
+        m = tl.load(cells, mask=some, other=0).to(tl.float32)
         y = _row(added, b, t, ab, at, an, i, n)
         if NOISE:
             y += _row(sigma, b, t, sb, st, sn, i, n) * _eps(
@@ -69,11 +69,11 @@ def _recurrence_whole_kernel(
             )
         if OUTER:
             left = keep * _row(other, b, t, ob, ot, on, i, n)
-            d = tl.where(ended, 0.0, left[:, None] * x[None, :])
+            d = tl.where(alive, left[:, None] * x[None, :], 0.0)
             to = djacobian + row * n * n + i[:, None] * gr + i[None, :] * gc
             tl.store(to, d.to(djacobian.dtype.element_ty), mask=inside)
         moved = tl.sum(m * x[None, :], 1)
-        x = y + tl.where(ended, 0.0, keep * moved)
+        x = y + tl.where(alive, keep * moved, 0.0)
         t += -1 if REVERSE else 1
     if LAST:
         tl.store(last + b * lb + i, x.to(last.dtype.element_ty), mask=i < n)
@@ -97,7 +97,7 @@ def _recurrence_tiled_kernel(
     tl.debug_barrier()  # what one thread stored, all may load
     t = tl.full((), steps - 1 if REVERSE else 0, tl.int64)
     for _ in range(steps):
-        ended, keep = _keep(done, b, t, xb, xt, gamma, DONE)
+        alive, keep = _keep(done, b, t, xb, xt, gamma, DONE)
         row = b * steps + t
         for r0 in range(0, n, BLOCK):
             r = r0 + block
@@ -120,13 +120,14 @@ def _recurrence_tiled_kernel(
                 inside = (r < n)[:, None] & (c < n)[None, :]
                 x = tl.load(old + c, mask=c < n, other=0)
                 cells = jacobian + b * jb + t * jt + r[:, None] * jr + c[None, :] * jc
-                m = tl.load(cells, mask=inside & (ended == 0), other=0).to(tl.float32)
+                some = (r < tl.where(alive, n, 0))[:, None] & (c < n)[None, :]
+                m = tl.load(cells, mask=some, other=0).to(tl.float32)
                 moved += tl.sum(m * x[None, :], 1)
                 if OUTER:
-                    d = tl.where(ended, 0.0, left[:, None] * x[None, :])
+                    d = tl.where(alive, left[:, None] * x[None, :], 0.0)
                     to = djacobian + row * n * n + r[:, None] * gr + c[None, :] * gc
                     tl.store(to, d.to(djacobian.dtype.element_ty), mask=inside)
-            tl.store(new + r, y + tl.where(ended, 0.0, keep * moved), mask=r < n)
+            tl.store(new + r, y + tl.where(alive, keep * moved, 0.0), mask=r < n)
         tl.debug_barrier()
         swap = old
         old = new
@@ -153,7 +154,7 @@ def _recurrence_diagonal_kernel(
     t = tl.full((), steps - 1 if REVERSE else 0, tl.int64)
     x = _row(first, b, 0, fb, 0, fn, i, n)
     for _ in range(steps):
-        ended, keep = _keep(done, b, t, xb, xt, gamma, DONE)
+        alive, keep = _keep(done, b, t, xb, xt, gamma, DONE)
         row = b * steps + t
         if OUT:
             tl.store(out + b * wb + t * wt + i, x.to(out.dtype.element_ty), mask=i < n)
@@ -167,9 +168,9 @@ def _recurrence_diagonal_kernel(
                 seed, sequence, position, row, i0, BLOCK
             )
         if OUTER:
-            d = tl.where(ended, 0.0, keep * x * _row(other, b, t, ob, ot, on, i, n))
+            d = tl.where(alive, keep * x * _row(other, b, t, ob, ot, on, i, n), 0.0)
             tl.store(djacobian + row * n + i, d.to(djacobian.dtype.element_ty), mask=i < n)
-        x = y + tl.where(ended, 0.0, keep * (m * x))
+        x = y + tl.where(alive, keep * (m * x), 0.0)
         t += -1 if REVERSE else 1
     if LAST:
         tl.store(last + b * lb + i, x.to(last.dtype.element_ty), mask=i < n)
