@@ -64,9 +64,7 @@ def _recurrence_whole_kernel(
         m = tl.load(cells, mask=some, other=0).to(tl.float32)
         y = _row(added, b, t, ab, at, an, i, n)
         if NOISE:
-            y += _row(sigma, b, t, sb, st, sn, i, n) * _eps(
-                seed, sequence, position, row, 0, BLOCK
-            )
+            y += _row(sigma, b, t, sb, st, sn, i, n) * _eps(seed, sequence, position, row, 0, BLOCK)
         if OUTER:
             left = keep * _row(other, b, t, ob, ot, on, i, n)
             d = tl.where(alive, left[:, None] * x[None, :], 0.0)

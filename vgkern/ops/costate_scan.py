@@ -108,7 +108,9 @@ def costate_scan(
         raise _check.fail("gamma", gamma, "a number, 0 <= gamma <= 1")
     chosen = choose(backend, device, jacobian.dtype)
     args = (jacobian, local_grad, terminal, done, float(gamma))
-    return costate_scan_ref(*args) if chosen == "torch" else CostateScanFunction.apply(chosen, *args)
+    return (
+        costate_scan_ref(*args) if chosen == "torch" else CostateScanFunction.apply(chosen, *args)
+    )
 
 
 def _fake_fwd(jacobian, local_grad, terminal, *rest):  # type: ignore[no-untyped-def]

@@ -68,9 +68,7 @@ class LinearRolloutFunction(torch.autograd.Function):
     def backward(ctx: Any, dstates: Tensor) -> tuple:
         jacobian, sigma, states, *rows = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:5])
-        grads = ctx.ops.linear_rollout_bwd(
-            jacobian, sigma, states, dstates, ctx.seed, *rows, needs
-        )
+        grads = ctx.ops.linear_rollout_bwd(jacobian, sigma, states, dstates, ctx.seed, *rows, needs)
         return (None, *(g if n else None for g, n in zip(grads, needs, strict=True)), *[None] * 3)
 
 
@@ -100,9 +98,7 @@ def linear_rollout(
     _check.rows_like("initial", initial, torch.Size((b, n)), f"[B, n] = {[b, n]}, as jacobian")
     _continuous.same_dtype(jacobian=jacobian, drift=drift, sigma=sigma, initial=initial)
     device = _check.same_device(jacobian=jacobian, drift=drift, sigma=sigma, initial=initial)
-    _continuous.values(
-        "sigma", sigma, (sigma >= 0) & sigma.isfinite(), "finite numbers >= 0"
-    )
+    _continuous.values("sigma", sigma, (sigma >= 0) & sigma.isfinite(), "finite numbers >= 0")
     drift = _continuous.expanded("drift", drift, shape, "[B, T, n]")
     sigma = _continuous.expanded("sigma", sigma, shape, "[B, T, n]")
     seed, *rows = _continuous.seed_and_rows(noise, shape[:2], device)
