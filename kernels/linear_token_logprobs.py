@@ -97,8 +97,8 @@ def _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index
         _linear_stats_kernel[(blocks * spans,)](
             hidden, hidden.stride(0), weight, weight.stride(0), flat(bias), targets, state, count,
             vocab, hidden.shape[1], blocks, 1 / temperature, softcap, ignore_index,
-            SOFTCAP=softcap != 0, WHOLE=hidden.shape[1] % k == 0, PRECISION=precision, M=m, N=n, K=k, SPAN=SPAN,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True
+            SOFTCAP=softcap != 0, WHOLE=hidden.shape[1] % k == 0, PRECISION=precision, M=m, N=n,
+            K=k, SPAN=SPAN, num_warps=warps, num_stages=stages, enable_fp_fusion=True
         )  # fmt: skip
         _combine_kernel[(triton.cdiv(count, 128),)](
             state, targets, logp, entropy, lse, count, vocab, spans, ignore_index, BLOCK=128,

@@ -246,10 +246,9 @@ def token_loss(
     if ref is not None:
         kl, dkl = kl_loss(log_ratio(ref, lp), KL, KL_STRAIGHT)
         if BETA:
-            own_ratio: tl.constexpr = RATIO == SEQUENCE_SUM or RATIO == GEOMETRIC
             by = kl * 0 + k.beta
             if KL_RATIO:
-                if own_ratio:
+                if RATIO == SEQUENCE_SUM or RATIO == GEOMETRIC:  # noqa: SIM109
                     by = k.beta * libdevice.exp(clamped(own))
                     slope += tl.where(possible & inside(own), by * kl, 0.0)
                 else:

@@ -34,7 +34,8 @@ def row_sample(
             _row_sample_kernel[(rows,)](
                 logits, logits.stride(0), flat(bias), seed, sequence, position, temperature, token,
                 logp, entropy, vocab, softcap, top_k, top_p, min_p, TOP_K=top_k > 0,
-                TOP_P=top_p < 1, MIN_P=min_p > 0, SOFTCAP=softcap != 0, **launch(vocab, per_thread=8)
+                TOP_P=top_p < 1, MIN_P=min_p > 0, SOFTCAP=softcap != 0,
+                **launch(vocab, per_thread=8)
             )  # fmt: skip
     return token, logp, entropy
 
