@@ -20,9 +20,9 @@ def launch(columns, per_thread=16):
     return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
-def flat(bias):
-    """A bias of unit stride, or None."""
-    return None if bias is None else bias.contiguous()
+def flat(x):
+    """A vector of unit stride, or None."""
+    return None if x is None else x.contiguous()
 
 
 @triton.jit

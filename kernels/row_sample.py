@@ -28,6 +28,7 @@ def row_sample(
     rows, vocab = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logp, entropy = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    sequence, position, temperature = (flat(x) for x in (sequence, position, temperature))
     top_k = top_k if 0 < top_k < vocab else 0
     if rows:
         with torch.cuda.device_of(logits):

@@ -64,6 +64,8 @@ def row_grad(
     with none of the three is zero-filled unread.
     """
     rows, vocab = logits.shape
+    targets, logp, entropy, lse = (flat(x) for x in (targets, logp, entropy, lse))
+    c, e, sequence, position = (flat(x) for x in (c, e, sequence, position))
     if rows:
         with torch.cuda.device_of(logits):
             _row_grad_kernel[(rows,)](
