@@ -1,4 +1,4 @@
-"""linear_token_logprobs(group=...) with 2 and 4 processes, against the head in one piece."""
+"""linear_token_logprobs(group=...) among 1, 2 and 4 ranks, against the head in one piece."""
 
 import datetime
 import time
@@ -57,15 +57,19 @@ def make(name, shape, h, v, dtype, options, world):
     return x
 
 
-def whole(t, v, world):
+def place(group):
+    return dist.get_world_size(group), dist.get_rank(group)
+
+
+def whole(t, group):
     """The shards of a gradient, put together."""
-    parts = [None] * world
-    dist.all_gather_object(parts, t)
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, t, group=group)
     return torch.cat(parts)
 
 
-def check_case(case, backend, world, rank):
-    name, _, _, v, dtype, _ = case
+def check_case(case, backend, group):
+    name, dtype, (world, rank) = case[0], case[4], place(group)
     x = make(*case, world)
     names = [k for k in NAMES if k in x]
     g = torch.Generator().manual_seed(5)
@@ -77,7 +81,7 @@ def check_case(case, backend, world, rank):
         mine, _ = shard(x, world, rank)
         return run(
             lambda **k: outputs(
-                vgkern.linear_token_logprobs(**k, group=dist.group.WORLD, backend=backend), "logp"
+                vgkern.linear_token_logprobs(**k, group=group, backend=backend), "logp"
             ),
             mine, names, up,
         )  # fmt: skip
@@ -87,12 +91,14 @@ def check_case(case, backend, world, rank):
     for k, t in {**got, **dgot}.items():
         assert torch.equal(t, {**again, **dagain}[k]), f"{name} {k}: not the same on repeat"
     seen = [None] * world
-    dist.all_gather_object(seen, (got["logp"].detach(), got["entropy"].detach(), dgot["dhidden"]))
+    dist.all_gather_object(
+        seen, (got["logp"].detach(), got["entropy"].detach(), dgot["dhidden"]), group
+    )
     assert all(torch.equal(a, b) for s in seen for a, b in zip(s, seen[0], strict=True)), name
     for k in ("dweight", "dbias"):
         if k in dgot:
             assert dgot[k].dtype == dtype
-            dgot[k] = whole(dgot[k], v, world)
+            dgot[k] = whole(dgot[k], group)
     for k, t in {**got, **dgot}.items():
         other, want = {**plain, **dplain}[k], {**truth, **dtruth}[k]
         assert not t.isnan().any(), f"{name} {dtype} {k} {backend}: NaN"
@@ -100,8 +106,9 @@ def check_case(case, backend, world, rank):
         assert used <= 1, f"{name} {dtype} {k} {backend}: {used:.2f} of what is allowed"
 
 
-def check_rows(backend, world, rank):
+def check_rows(backend, group):
     """A blocked target, a small p beside 1, NaN hidden rows that are ignored, frozen parts."""
+    world, rank = place(group)
     x, _, _ = case_inputs.head((6,), 16, 301, F32, 0, bias="blocked")
     x["targets"][0] = 1  # blocked
     x["targets"][1] = -100
@@ -110,9 +117,7 @@ def check_rows(backend, world, rank):
     want = vgkern.linear_token_logprobs(**{**x, **single}, backend=backend)
     mine, at = shard(x, world, rank)
     leaves = {k: mine[k].clone().requires_grad_() for k in NAMES}
-    got = vgkern.linear_token_logprobs(
-        **{**mine, **leaves}, group=dist.group.WORLD, backend=backend
-    )
+    got = vgkern.linear_token_logprobs(**{**mine, **leaves}, group=group, backend=backend)
     assert got.logp[0] == -torch.inf and got.logp[1] == got.entropy[1] == 0
     torch.testing.assert_close(got.logp, want.logp, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.entropy, want.entropy, rtol=1e-5, atol=1e-5)
@@ -125,7 +130,7 @@ def check_rows(backend, world, rank):
     # a frozen hidden: no collective in backward, so one rank may do it alone
     w = mine["weight"].clone().requires_grad_()
     out = vgkern.linear_token_logprobs(
-        x["hidden"].nan_to_num(), w, x["targets"], bias=mine["bias"], group=dist.group.WORLD,
+        x["hidden"].nan_to_num(), w, x["targets"], bias=mine["bias"], group=group,
         backend=backend,
     )  # fmt: skip
     if rank == 0:
@@ -138,74 +143,84 @@ def check_rows(backend, world, rank):
     options = {"bias": x["bias"], "ignore_index": 3, "backend": backend}
     want = vgkern.linear_token_logprobs(x["hidden"], x["weight"], y, **options)
     options["bias"] = mine["bias"]
-    got = vgkern.linear_token_logprobs(
-        x["hidden"], mine["weight"], y, **options, group=dist.group.WORLD
-    )
+    got = vgkern.linear_token_logprobs(x["hidden"], mine["weight"], y, **options, group=group)
     assert got.logp[2] == 0
     torch.testing.assert_close(got.logp, want.logp, rtol=1e-5, atol=1e-5)
 
 
-def check_collapse(backend, world, rank):
+def check_collapse(backend, group):
     """A gap of 30 nats in another shard than the rest of the mass: logp is -1e-13 x (V - 1)."""
-    v = 64
+    v, (world, rank) = 64, place(group)
     h, w = torch.ones(2, 1), torch.zeros(v, 1)
     w[v - 1], w[0] = 30.0, 0.0
     y = torch.tensor([v - 1, 0])
     mine, _ = shard({"weight": w}, world, rank)
-    out = vgkern.linear_token_logprobs(
-        h, mine["weight"], y, group=dist.group.WORLD, backend=backend
-    )
+    out = vgkern.linear_token_logprobs(h, mine["weight"], y, group=group, backend=backend)
     want = -(v - 1) * torch.tensor(-30.0, dtype=F64).exp()
     torch.testing.assert_close(out.logp[0].double(), want.log1p(), rtol=1e-5, atol=0)
     torch.testing.assert_close(out.logp[1].double(), want - 30, rtol=1e-6, atol=0)
 
 
-def check_errors(backend, world, rank):
+def check_errors(backend, group):
+    world, rank = place(group)
     x, _, _ = case_inputs.head((3,), 4, 33, F32, 0)
     mine, _ = shard(x, world, rank)
-    group = {"group": dist.group.WORLD, "backend": backend}
+    options = {"group": group, "backend": backend}
     for bad in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": torch.ones(3)}):
         with pytest.raises(NotImplementedError, match=next(iter(bad))):
-            vgkern.linear_token_logprobs(**{**mine, **bad}, **group)
+            vgkern.linear_token_logprobs(**{**mine, **bad}, **options)
     with pytest.raises(ValueError, match=r"targets: got id 33 at \[1\].*id < 33"):
         vgkern.linear_token_logprobs(
-            **{**mine, "targets": torch.tensor([0, 33, 1])}, **group
+            **{**mine, "targets": torch.tensor([0, 33, 1])}, **options
         )  # every rank alike
     with pytest.raises(ValueError, match="bias"):
-        vgkern.linear_token_logprobs(**mine, bias=torch.zeros(34), **group)
+        vgkern.linear_token_logprobs(**mine, bias=torch.zeros(34), **options)
     bad = mine["weight"].clone()
     if rank == 0:
         bad[0] = torch.nan
     with pytest.raises(vgkern.NonFiniteError, match="hidden"):
-        vgkern.linear_token_logprobs(**{**mine, "weight": bad}, **group)
+        vgkern.linear_token_logprobs(**{**mine, "weight": bad}, **options)
 
 
-def worker(rank, world, store, backends):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
-    for backend in backends:
+def check_all(group):
+    world = dist.get_world_size(group)
+    for backend in ("torch", "cpu"):
         for case in CASES:
             if (case[4] != F64 or backend == "torch") and case[3] >= world:
-                check_case(case, backend, world, rank)
+                check_case(case, backend, group)
         for check in (check_rows, check_collapse, check_errors):
-            check(backend, world, rank)
+            check(backend, group)
+
+
+def worker(rank, store):
+    """One spawn for everything: a group of one, one of two whose ranks are not the global ones, and
+    all four."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=4,
+        timeout=datetime.timedelta(seconds=100),
+    )  # fmt: skip
+    solo, pair = dist.new_group([0]), dist.new_group([2, 3])
+    if rank == 0:
+        check_all(solo)
+    if rank >= 2:
+        check_all(pair)
+    if rank == 1:
+        x, _, _ = case_inputs.head((3,), 4, 33, F32, 0)
+        with pytest.raises((TypeError, ValueError), match="group: got"):
+            vgkern.linear_token_logprobs(**x, group=pair)
+    check_all(dist.group.WORLD)
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks(world, tmp_path):
+def test_ranks(tmp_path):
     import conftest
 
     if conftest.INTERPRETED:
         pytest.skip("the interpreter is no place for process groups")
     conftest.skip_unless_runs("cpu")
-    started = torch.multiprocessing.spawn(
-        worker, (world, tmp_path / "store", ("torch", "cpu")), nprocs=world, join=False
-    )
+    started = torch.multiprocessing.spawn(worker, (tmp_path / "store",), nprocs=4, join=False)
     end = time.monotonic() + 240
     while not started.join(timeout=5):
         if time.monotonic() > end:

@@ -151,9 +151,9 @@ class Reference:
         logits = linear_logits_ref(h, weight, bias)
         z = _scaled(logits, temperature, softcap)
         c, e, ent = dlogp[:, None].to(up), dentropy[:, None].to(up), entropy[:, None]
-        log_p = (z - lse[:, None]).clamp(min=torch.finfo(up).min)
-        p = log_p.exp()
         onehot = torch.arange(v, device=z.device) == targets[:, None]
+        log_p = logp[:, None].where(onehot, z - lse[:, None]).clamp(min=torch.finfo(up).min)
+        p = log_p.exp()
         score = (-torch.expm1(logp))[:, None].where(onehot, -p)
         dz = (c * score - e * p * (log_p + ent)).where(live, 0)
         if softcap:
