@@ -85,7 +85,7 @@ BAD = {
     "NaN hidden": (ltl(h() * torch.nan, W, Y), vgkern.NonFiniteError, "hidden", "NaN at row [0]"),
     "linear cpu fp64": (
         ltl(h().double(), W.double(), Y, backend="cpu"), vgkern.BackendError, "float64"),
-    "process group": (ltl(h(), W, Y, group=object()), NotImplementedError, "group"),
+    "process group": (ltl(h(), W, Y, group=object()), T, "group: got object", "ProcessGroup"),
     # group_advantages
     "rewards 2-d": (adv(f(2, 2), Y), E, "rewards", "[2, 2]", "1 dimensions"),
     "rewards int": (adv(Y, Y), T, "rewards: got int64", "float32"),

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vgkern.ops import _check
 
+CUTS = ("top_k", "top_p", "min_p")
+
 
 def truncated_ref(
     logits: Tensor,  # [..., V] fp32|fp64

@@ -24,7 +24,7 @@ from torch import Tensor
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
-from vgkern.ops._truncate import cuts, temperatures, truncated_ref
+from vgkern.ops._truncate import CUTS, cuts, temperatures, truncated_ref
 from vgkern.ops.token_logprobs import TokenLogprobs, token_logprobs_ref
 
 
@@ -134,7 +134,7 @@ def linear_token_logprobs(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    group: Any = None,
+    group: Any = None,  # vocab-parallel
     backend: str | None = None,
 ) -> TokenLogprobs:
     """The core drop-in: log-probability of each target and entropy, both differentiable.
@@ -143,34 +143,54 @@ def linear_token_logprobs(
     With a temperature per row, top_k, top_p or min_p it scores what `linear_sample` draws from.
 
     Raises ValueError / TypeError naming the argument for a wrong shape, dtype, device, bound or
-    target, NonFiniteError for NaN logits (on CPU), NotImplementedError for a process `group`.
+    target, NonFiniteError for NaN logits (on CPU), NotImplementedError for a truncation or a
+    temperature per row together with `group`.
+
+    group: a torch.distributed process group whose ranks hold the head in contiguous shards, in rank
+    order: weight is [V_r, H], targets are global ids, hidden and targets the same on all ranks
+    (not checked). Details: `_vocab_parallel`.
     """
-    if group is not None:
-        raise NotImplementedError("group: the vocab-parallel form is not there yet; pass None")
     device, h2, hw = linear_inputs(hidden, weight, bias)
     shape = hidden.shape[:-1]
     targets = _check.targets("targets", targets, shape)
     _check.same_device(hidden=hidden, targets=targets)
-    cap, per_row = _check.softcap(softcap), isinstance(temperature, Tensor)
-    cut = cuts(top_k, top_p, min_p, weight.shape[0])
-    t: float | Tensor
-    if per_row or any(x is not None for x in (top_k, top_p, min_p)):
-        t = temperatures(temperature, shape, device)
-    else:
-        t = _check.positive("temperature", temperature)
-    live = targets != ignore_index
-    targets = _check.target_range("targets", targets, weight.shape[0], live)
+    cap, live, vocab = _check.softcap(softcap), targets != ignore_index, weight.shape[0]
+    cut = cuts(top_k, top_p, min_p, vocab)
     chosen = choose(backend, device, hidden.dtype)
-    flat = targets.reshape(-1)
-    if chosen == "torch":
-        rows = t.view(shape) if isinstance(t, Tensor) else t
-        out = linear_token_logprobs_ref(hidden, weight, bias, targets, rows, cap, ignore_index, cut)
-    elif isinstance(t, Tensor):
-        out = LinearTruncatedLogprobsFunction.apply(
-            chosen, h2, hw, bias, flat, t, (cap, ignore_index, *cut)
+    names = [n for n, x in zip(CUTS, (top_k, top_p, min_p), strict=True) if x is not None]
+    if isinstance(temperature, Tensor):
+        names.append("temperature")
+    if group is not None:
+        from vgkern.ops import _vocab_parallel as parallel
+
+        if names:
+            raise NotImplementedError(f"{names[0]}: not with a process group; pass group=None")
+        parallel.check_group(group)
+        scalars = (_check.positive("temperature", temperature), cap, ignore_index)
+        ends = parallel.shard_ends(group, weight)
+        if _check.can_look(device):
+            _check.target_range("targets", targets, int(ends[-1]), live)
+        out = parallel.VocabParallelFunction.apply(
+            chosen, group, h2, hw, bias, targets.reshape(-1), ends, scalars
         )
+    elif names:
+        targets = _check.target_range("targets", targets, vocab, live)
+        t = temperatures(temperature, shape, device)
+        if chosen == "torch":
+            rows = (t.view(shape), cap, ignore_index, cut)
+            out = linear_token_logprobs_ref(hidden, weight, bias, targets, *rows)
+        else:
+            out = LinearTruncatedLogprobsFunction.apply(
+                chosen, h2, hw, bias, targets.reshape(-1), t, (cap, ignore_index, *cut)
+            )
     else:
-        out = LinearTokenLogprobsFunction.apply(chosen, h2, hw, bias, flat, (t, cap, ignore_index))
+        scalars = (_check.positive("temperature", temperature), cap, ignore_index)
+        targets = _check.target_range("targets", targets, vocab, live)
+        if chosen == "torch":
+            out = linear_token_logprobs_ref(hidden, weight, bias, targets, *scalars)
+        else:
+            flat = targets.reshape(-1)
+            out = LinearTokenLogprobsFunction.apply(chosen, h2, hw, bias, flat, scalars)
     out = TokenLogprobs(out[0].view(shape), out[1].view(shape))
     _check.no_nan("hidden", out.logp.detach(), "the log-probability (hidden, weight or bias)")
     return out
