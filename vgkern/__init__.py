@@ -4,10 +4,12 @@ from vgkern.objectives import Objective
 from vgkern.ops._backend import BackendError, use_backend
 from vgkern.ops._check import NonFiniteError
 from vgkern.ops.group_advantages import group_advantages
+from vgkern.ops.linear_divergence import Divergence, linear_divergence
 from vgkern.ops.linear_policy_loss import linear_policy_loss
 from vgkern.ops.linear_sample import Sample, linear_sample
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
 from vgkern.ops.noise import Noise
+from vgkern.ops.noisy_embedding import noisy_embedding
 from vgkern.ops.policy_loss import PolicyLoss, policy_loss
 from vgkern.ops.token_logprobs import TokenLogprobs, token_logprobs
 
@@ -15,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Divergence",
     "Noise",
     "NonFiniteError",
     "Objective",
@@ -22,9 +25,11 @@ __all__ = [
     "Sample",
     "TokenLogprobs",
     "group_advantages",
+    "linear_divergence",
     "linear_policy_loss",
     "linear_sample",
     "linear_token_logprobs",
+    "noisy_embedding",
     "policy_loss",
     "token_logprobs",
     "use_backend",
