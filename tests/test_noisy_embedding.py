@@ -97,7 +97,7 @@ def test_backward_is_that_of_the_surrogate(backend, tau):
     soft = straight_through(d, noise(12).gumbel(200, torch.float64), tau, 0.8)
     want = torch.autograd.grad((soft * up).sum(), [d[k] for k in names])
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+        assert (a - b).norm() < 5e-6 * b.norm()
     lookup = torch.zeros(200, 9).index_add(0, x["tokens"], up)
     torch.testing.assert_close(got[2], lookup)
 
@@ -150,8 +150,8 @@ def test_rows_without_a_costate_are_not_looked_at(backend, relaxation):
     want = torch.autograd.grad((out * up[[2, 9]]).sum(), leaves)
     for a, b in zip((gh, gw, ge), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    (none,) = torch.autograd.grad((vgkern.noisy_embedding(
-        **x, noise=noise(12), relaxation=relaxation, backend=backend) * 0).sum(), leaves[:1])  # fmt: skip
+    out = vgkern.noisy_embedding(**x, noise=noise(12), relaxation=relaxation, backend=backend)
+    (none,) = torch.autograd.grad((out * 0).sum(), leaves[:1])
     assert (none == 0).all()
 
 

@@ -96,7 +96,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 def lookup(embedding: Tensor, tokens: Tensor) -> Tensor:
-    """E[tokens]. Off the CPU, where nobody has looked, a token outside [0, V) gives a row of NaN."""
+    """E[tokens]. A token outside [0, V), which only the CPU has looked for, gives a row of NaN."""
     if tokens.device.type == "cpu":
         return embedding[tokens]
     safe = tokens.clamp(0, embedding.shape[0] - 1)
@@ -175,7 +175,7 @@ def noisy_embedding(
     if not isinstance(noise, Noise) and not (expected and noise is None):
         why = "a vgkern.Noise" + (", or None" if expected else "; None only with 'expected'")
         raise TypeError(f"noise: got {_check.describe(noise)}; allowed: {why}")
-    y = tokens.reshape(-1)
+    y = tokens.reshape(-1).contiguous()
     rows = (y, y) if noise is None or expected else noise.rows(shape, device)  # (y, y): not read
     seed = 0 if noise is None else noise.seed
     chosen = choose(backend, device, hidden.dtype, embedding.dtype)
