@@ -55,7 +55,8 @@ def linear_divergence(
                 moved = torch.lerp(x[k].float(), t[k].float(), near)
                 x[f"teacher_{k}"] = moved.to(dtype)
         if masked:
-            x["mask"] = padding(*shape, seed)
+            b, t_max = shape
+            x["mask"] = padding(b, t_max, seed)
             for k in ("hidden", "teacher_hidden"):  # a mask has to win over anything
                 x[k] = x[k].masked_fill(~x["mask"][..., None], 1e30 if dtype.itemsize > 2 else 9e3)
         return {**x, **options}
