@@ -18,6 +18,15 @@ def pytest_addoption(parser):
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 BACKENDS = ("triton",) if INTERPRETED else ("torch", "cpu")
 
+if INTERPRETED:  # before any kernel is imported
+    import interpreter
+
+    interpreter.repair()
+
+    from vgkern.kernels import logits
+
+    logits.MAX_BLOCK = 512  # so that a row takes several blocks
+
 
 def skip_unless_runs(backend: str) -> None:
     why = _backend._missing(backend, torch.device("cpu")) if backend != "torch" else None
