@@ -180,14 +180,16 @@ def _divergence_kernel(
             t_total, t_dot = added(t, t_peak, t_total, t_dot)
             top, t_top = peak, t_peak
         none = top < -INF
-        _, entropy, lse = finish(top, top, tl.sum(total, 0), tl.sum(dot, 0), none)
-        _, _, teacher_lse = finish(t_top, t_top, tl.sum(t_total, 0), tl.sum(t_dot, 0), none)
+        _logp, entropy, lse = finish(top, top, tl.sum(total, 0), tl.sum(dot, 0), none)
+        _t_logp, _t_entropy, teacher_lse = finish(
+            t_top, t_top, tl.sum(t_total, 0), tl.sum(t_dot, 0), none
+        )
         values = tl.zeros([BLOCK], tl.float32)
         inners = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z, t = load_pair(z_row, t_row, cols, V, scale)
-            _, p, q, d = column(z, t, lse, teacher_lse)
+            _lp, p, q, d = column(z, t, lse, teacher_lse)
             if KIND == JSD:
                 d = bounded(d)
                 lc = log_cosh(0.5 * d)
