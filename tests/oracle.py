@@ -140,6 +140,7 @@ def check(case, backend, dtype, layout="contiguous", seed=0):
         expected = inputs[k[1:]].dtype if k in dgot else stats
         expected = inputs["rewards"].dtype if case.op == "group_advantages" else expected
         expected = dtype if k in AS_INPUT else expected
+        expected = inputs["embedding"].dtype if k == "x" else expected
         assert a.dtype == expected, f"{k} is {a.dtype}, not {expected}"
         if decided is not None:
             same = (plain["token"] == truth["token"]) | (k == "entropy")
