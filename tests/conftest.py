@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-
 from emulation import build as emulation
 
 from vgkern.ops import _backend
