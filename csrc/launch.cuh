@@ -60,7 +60,59 @@ struct RowSampleArgs {
   float *logp, *entropy;  // [N]
 };
 
+struct GroupAdvantagesArgs {
+  const double* rewards;       // [B]
+  const int64_t *ids, *order;  // [B]: sorted group ids, and the sample that each is of
+  double* out;                 // [B]
+  int64_t n;
+  int estimator;  // vgkern.objectives.ESTIMATORS
+};
+
+// [N, n], any strides
+struct Strided {
+  const void* data;
+  int64_t row, element;
+};
+
+// Forward where `action` is given, else backward.
+struct GaussianActionArgs {
+  int64_t rows, n;
+  int dtype;
+  NoiseRows noise;
+  Strided mean, log_std, daction;
+  void* action;          // [N, n]
+  float* logp;           // [N]
+  const float* dlogp;    // [N]
+  void *dmean, *dlog_std;  // [N, n]
+};
+
+// A vector per step, [B, T, n], or per sequence, [B, n]; data may be null.
+struct Steps {
+  void* data;
+  int64_t batch, step, element;
+};
+
+struct RecurrenceArgs {
+  int64_t batch, steps, n;
+  int dtype, dense, reverse;
+  const void* jacobian;        // [B, T, n, n], or [B, T, n]
+  int64_t jacobian_stride[4];
+  Steps push, start;           // [B, T, n]; [B, n]
+  const uint8_t* done;         // [B, T] or null
+  int64_t done_batch, done_step;
+  float gamma;
+  Steps sigma;                 // [B, T, n] or null: noise that is added, with `noise`
+  NoiseRows noise;             // [B T]
+  Steps out, last;             // x before every step, after the last one
+  Steps other;                 // [B, T, n]: the other factor of djacobian
+  void* djacobian;             // [B, T, n, n] or [B, T, n], contiguous, or null
+  Steps dsigma;                // x times the replayed noise
+};
+
 extern "C" {
+int vg_group_advantages(const GroupAdvantagesArgs*, void* stream);
+int vg_gaussian_action(const GaussianActionArgs*, void* stream);
+int vg_recurrence(const RecurrenceArgs*, void* stream);
 int vg_row_stats(const RowStatsArgs*, void* stream);
 int vg_row_grad(const RowGradArgs*, void* stream);
 int vg_row_sample(const RowSampleArgs*, void* stream);

@@ -1,4 +1,4 @@
-// The replayable noise of vgkern.ops.noise: the same words on every backend. Plain C++.
+// The replayable noise of vgkern.ops.noise: the same words on every backend.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -52,9 +52,9 @@ VG_HOST_DEVICE float gumbel(uint32_t word) { return -logf(-log1pf(-uniform(word)
 // The standard normals 2 pair and 2 pair + 1 of a quad; pair is 0 or 1.
 VG_HOST_DEVICE void normal_pair(const Words& words, int pair, float& even, float& odd) {
   const float u1 = uniform(words.w[2 * pair]), u2 = uniform(words.w[2 * pair + 1]);
-  const float radius = sqrtf(-2.f * logf(u1)), angle = 6.283185307179586f * u2;
-  even = radius * cosf(angle);
-  odd = radius * sinf(angle);
+  const float radius = sqrtf(-2.f * logf(u1));
+  even = radius * cospif(2.f * u2);  // of half turns: no reduction of the argument
+  odd = radius * sinpif(2.f * u2);
 }
 
 // Standard normal number `element` of a row.

@@ -362,3 +362,5 @@ inline T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32) {
       mask, v, [=](int l, int base) { return l + int(by) < base + width ? l + int(by) : -1; },
       width);
 }
+inline float cospif(float x) { return float(std::cos(3.14159265358979323846 * double(x))); }
+inline float sinpif(float x) { return float(std::sin(3.14159265358979323846 * double(x))); }
