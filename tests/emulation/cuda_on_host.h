@@ -51,7 +51,7 @@
 
 namespace vg_emulation {
 
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 64 << 10;
 
 struct Fiber {
   enum State { kReady, kAtBarrier, kAtCollective, kDone };
