@@ -50,10 +50,17 @@ def native(command: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m vgkern {command}", description=COMMANDS[command]
     )
-    parser.parse_args(arguments)
+    if command == "build":
+        parser.add_argument(
+            "--cuda", action="store_true",
+            help="the CUDA kernels instead, for every GPU they support (needs nvcc, no GPU)"
+        )  # fmt: skip
+    asked = parser.parse_args(arguments)
     try:
         if command == "build":
-            print(_native.build())
+            from vgkern.ops import _cuda_build
+
+            print(_cuda_build.build(_cuda_build.FAT) if asked.cuda else _native.build())
             return 0
         for name, value in _native.status().items():
             print(f"{name:<12} {value}")
