@@ -4,7 +4,25 @@
 
 namespace vgkern {
 
-// estimator: grpo, dr_grpo, rloo, none (vgkern.objectives.ESTIMATORS)
+// The order of vgkern.objectives.ESTIMATORS.
+enum Estimator { kGrpo, kDrGrpo, kRloo, kNone, kGrpoVerl, kReinforce, kReinforceBaseline };
+
+// (x - mean) / sqrt(var + 1e-8) over the batch; exactly 0 where all are equal
+static void whiten(double* x, int64_t n) {
+  double sum = 0, square = 0, low = n ? x[0] : 0, high = low;
+  for (int64_t i = 0; i < n; ++i) {
+    sum += x[i];
+    low = std::min(low, x[i]);
+    high = std::max(high, x[i]);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = low == high ? 0.0 : x[i] - sum / double(n);
+    square += x[i] * x[i];
+  }
+  const double by = std::sqrt(square / double(std::max<int64_t>(n - 1, 1)) + 1e-8);
+  for (int64_t i = 0; i < n; ++i) x[i] /= by;
+}
+
 static Tensor group_advantages_fwd(const Tensor& rewards,  // [B] float64
                                    const Tensor& groups,   // [B]
                                    int64_t estimator) {
@@ -35,14 +53,19 @@ static Tensor group_advantages_fwd(const Tensor& rewards,  // [B] float64
   for (int64_t i = 0; i < n; ++i) {
     const Group& g = by[id[i]];
     const double d = g.low == g.high ? 0.0 : x[i] - g.sum / g.count;
+    const double std = std::sqrt(g.square / (g.count - 1));
     switch (estimator) {
-      case 0: a[i] = d / (std::sqrt(g.square / (g.count - 1)) + 1e-4); break;
-      case 1: a[i] = d; break;
-      case 2: a[i] = d * g.count / (g.count - 1); break;
+      case kGrpo: a[i] = d / (std + 1e-4); break;
+      case kGrpoVerl: a[i] = d / (std + 1e-6); break;
+      case kDrGrpo:
+      case kReinforceBaseline: a[i] = d; break;
+      case kRloo: a[i] = d * g.count / (g.count - 1); break;
       default: a[i] = x[i];
     }
-    if (estimator != 3 && d == 0.0) a[i] = 0.0;
+    if (d == 0.0 && estimator != kNone && estimator != kReinforce) a[i] = 0.0;
+    if (estimator == kGrpoVerl && g.count == 1) a[i] = x[i];
   }
+  if (estimator == kReinforce || estimator == kReinforceBaseline) whiten(a, n);
   return out;
 }
 

@@ -14,8 +14,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
     double temperature, double softcap, c10::List<double> knobs, c10::List<bool> needs) {
   Head head(hidden, weight, bias, temperature, softcap);
   const Objective o(knobs);
-  TORCH_CHECK(o.ratio != 2 && o.correction < 3,
-              "vgkern: a sequence-level objective needs all rows");
+  TORCH_CHECK(o.row_local(), "vgkern: a sequence-level objective needs all rows");
   Tensor tgt = targets.contiguous();
   const int64_t* y = i64_rows(tgt, head.n, "targets");
   const float* adv = f32_rows(advantages, head.n, "advantages");
@@ -30,27 +29,27 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
   Counts n;
   double loss = 0;
   // A row whose coefficient is zero whatever its logits say costs nothing.
-  const bool always = o.beta != 0.f || o.entropy_coef != 0.f;
   std::vector<int64_t> active;
   for (int64_t i = 0; i < head.n; ++i) {
     n.tokens += w[i] != 0.f;
-    if (w[i] != 0.f && (always || adv[i] != 0.f)) active.push_back(i);
+    if (w[i] != 0.f && (o.always_active() || adv[i] != 0.f)) active.push_back(i);
   }
   n.active = double(active.size());
   LinearRows run(head, y, std::move(active));
   run.run(grads.any() ? &grads : nullptr, [&](Chunk& k, float* c, float* e) {
     for (int64_t i = 0; i < k.count; ++i) {
       const int64_t r = k.rows[i];
-      const float lp = k.stats[i].logp, before = old ? old[r] : lp;
+      const float lp = k.stats[i].logp;
       logp.data_ptr<float>()[r] = lp;
-      const float fix = sam ? correction_weight(before - sam[r], o) : 1.f;
-      const TokenLoss t = token_loss(lp, adv[r], old ? log_ratio(lp, before) : 0.f,
-                                     ref ? ref[r] - lp : 0.f, ref, fix, o, n);
+      Token token{lp, old ? old[r] : lp, adv[r]};
+      if (ref) token.ref = ref[r], token.has_ref = true;
+      if (sam) token.sampler = sam[r], token.has_sampler = true;
+      const TokenLoss t = token_loss(token, Sequence{}, o);
+      n.add(token, t);
       loss += w[r] * (t.value - double(o.entropy_coef) * k.stats[i].entropy);
       c[i] = w[r] * t.slope;
       e[i] = -w[r] * o.entropy_coef;
       n.entropy += k.stats[i].entropy;
-      if (sam) n.gap = std::max(n.gap, std::fabs(lp - sam[r]));
     }
   });
   n.write(counts.data_ptr<float>());

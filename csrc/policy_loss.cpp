@@ -23,29 +23,31 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
   Tensor dlogp = at::zeros(logp.sizes(), f32), dent = at::zeros(logp.sizes(), f32);
   Tensor counts = at::empty({Counts::kSize}, f32);
   float *dl = dlogp.data_ptr<float>(), *de = dent.data_ptr<float>();
-  const bool always = o.beta != 0.f || o.entropy_coef != 0.f;
+  auto token = [&](int64_t i) {
+    Token t{lp[i], old ? old[i] : lp[i], adv[i]};
+    if (ref) t.ref = ref[i], t.has_ref = true;
+    if (sam) t.sampler = sam[i], t.has_sampler = true;
+    return t;
+  };
   Counts n;
   double loss = 0;
   for (int64_t s = 0; s < total; s += width) {  // one sequence
-    double ratio = 0, mismatch = 0, length = 0;
+    double length = 0, ratio = 0, mismatch = 0;
     for (int64_t i = s; i < s + width; ++i)
       if (w[i] != 0.f) {
         length += 1;
-        if (old) ratio += log_ratio(lp[i], old[i]);
-        if (sam) mismatch += double(old ? old[i] : lp[i]) - sam[i];
+        ratio += ratio_part(token(i), o);
+        mismatch += mismatch_part(token(i), o);
       }
-    const float mean = float(ratio / std::max(length, 1.0));
-    double pending = 0;  // slope in the mean log-ratio, summed over the sequence
+    const Sequence seq = sequence_of(length, ratio, mismatch, o);
+    double pending = 0;  // slope in the log-ratio of the sequence
     for (int64_t i = s; i < s + width; ++i) {
       if (w[i] == 0.f) continue;
       n.tokens += 1;
-      if (!always && adv[i] == 0.f) continue;
+      if (!o.always_active() && adv[i] == 0.f) continue;
       n.active += 1;
-      const float before = old ? old[i] : lp[i];
-      float fix = 1.f;
-      if (sam) fix = correction_weight(o.correction >= 3 ? float(mismatch) : before - sam[i], o);
-      const float d = o.ratio == 2 ? mean : (old ? log_ratio(lp[i], before) : 0.f);
-      const TokenLoss t = token_loss(lp[i], adv[i], d, ref ? ref[i] - lp[i] : 0.f, ref, fix, o, n);
+      const TokenLoss t = token_loss(token(i), seq, o);
+      n.add(token(i), t);
       loss += w[i] * (t.value - (ent ? double(o.entropy_coef) * ent[i] : 0.0));
       dl[i] = w[i] * t.slope;
       pending += double(w[i]) * t.sequence_slope;
@@ -53,11 +55,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
         de[i] = -w[i] * o.entropy_coef;
         n.entropy += ent[i];
       }
-      if (sam) n.gap = std::max(n.gap, std::fabs(lp[i] - sam[i]));
     }
-    if (o.ratio == 2)
+    if (pending != 0.0)
       for (int64_t i = s; i < s + width; ++i)
-        if (w[i] != 0.f) dl[i] += float(pending / std::max(length, 1.0));
+        if (w[i] != 0.f) dl[i] += float(pending * ratio_share(token(i), seq, o));
   }
   n.write(counts.data_ptr<float>());
   return {at::full({}, loss, f32), dlogp, dent, counts};

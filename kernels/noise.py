@@ -16,9 +16,10 @@ NORMAL = tl.constexpr(0x80000000)
 @triton.jit
 def words(seed, sequence, position, first, BLOCK: tl.constexpr, PLANE: tl.constexpr):
     """uint32 [BLOCK]: the words of elements first .. first + BLOCK - 1; `first` a multiple of 4."""
+    seed, sequence = tl.cast(seed, tl.int64), tl.cast(sequence, tl.int64)  # small ints come as i32
     quad = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32) | PLANE
     zero = tl.zeros_like(quad)
-    c1 = zero + position.to(tl.uint32)
+    c1 = zero + tl.cast(position, tl.uint32)
     c2 = zero + sequence.to(tl.uint32)
     c3 = zero + (sequence >> 32).to(tl.uint32)
     k0 = zero + seed.to(tl.uint32)

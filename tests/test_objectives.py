@@ -22,12 +22,69 @@ def batch(o, seed=0, side="right"):
     return logp, x
 
 
+SHARED = ("sequence", "sequence_sum", "geometric")  # ratios with a gradient in every token
+
+
+def ratio_by_hand(own, A, o):
+    """Log-ratio that r is formed of, and its slope in each token's log-ratio (shared ratios)."""
+    n = max(len(own), 1)
+    if o.ratio == "sequence_sum":
+        return sum(own.values()), dict.fromkeys(own, 1.0)
+    if o.ratio != "geometric":
+        return sum(own.values()) / n, dict.fromkeys(own, 1 / n)
+    bound, share = 0.0, {}
+    for t, x in own.items():
+        cut = x > o.clip_high if A > 0 else x < -o.clip_low
+        bound += (o.clip_high if A > 0 else -o.clip_low) if cut else x
+        share[t] = 0.0 if cut else 1 / n
+    return bound / n, share
+
+
+def surrogate_by_hand(lp, r, A, log_fix, d, o):
+    """Value, slope in the log-ratio, slope in logp itself."""
+    low, high = 1 - o.clip_low, 1 + o.clip_high
+    if o.surrogate == "linear":
+        return (-A * lp, 0.0, -A) if o.ratio == "none" else (-A * r, -A * r, 0.0)
+    if o.surrogate == "cispo":
+        c = min(max(r, low), high)
+        return -c * A * lp, 0.0, -c * A
+    if o.surrogate == "sapo":
+        tau = o.tau_pos if A > 0 else o.tau_neg
+        gate = 1 / (1 + math.exp(-tau * (r - 1)))
+        return -A * 4 / tau * gate, -A * 4 * gate * (1 - gate) * r, 0.0
+    if o.surrogate == "vespo":
+        w = min(max(d + log_fix, math.log(1e-8)), 20)
+        k, by = (
+            (o.vespo_k_pos, o.vespo_lambda_pos) if A >= 0 else (o.vespo_k_neg, o.vespo_lambda_neg)
+        )
+        phi = math.exp(by) * math.exp(w) ** k * math.exp(-by * math.exp(w))
+        return -phi * A * lp, 0.0, -phi * A
+    u = r if o.delta is None else min(r, o.delta)
+    c = min(max(r, low), high)
+    first = u * A <= c * A
+    moves = r <= (o.delta or math.inf) if first else low <= r <= high
+    v = -min(u * A, c * A)
+    if A < 0 and o.dual_clip and r > o.dual_clip:
+        v, moves = -A * o.dual_clip, False
+    return v, -A * r * moves, 0.0
+
+
+def sampler_by_hand(gap, o):
+    if o.sampler_correction == "none":
+        return 1.0
+    w = math.exp(gap)
+    if "truncate" in o.sampler_correction:
+        return min(max(w, o.sampler_min), o.sampler_max)
+    return w if o.sampler_min <= w <= o.sampler_max else 0.0
+
+
 def by_hand(logp, x, o):
     """Loss, dL/dlogp and dL/dentropy from token loops: nothing of torch but indexing."""
     mask = x["mask"].tolist()
     value = [[0.0] * T for _ in range(B)]
     slope = [[0.0] * T for _ in range(B)]  # of the token's own loss
-    shared = [[0.0] * T for _ in range(B)]  # d(loss of token) / d(mean log-ratio of its sequence)
+    along = [[0.0] * T for _ in range(B)]  # d(loss of token) / d(log-ratio of its sequence)
+    shares = [{} for _ in range(B)]  # d(that log-ratio) / dlogp
     lengths = [sum(m) for m in mask]
 
     def at(k, b, t, default):
@@ -35,51 +92,47 @@ def by_hand(logp, x, o):
 
     for b in range(B):
         live = [t for t in range(T) if mask[b][t]]
-        d = {t: float(logp[b, t]) - at("old_logp", b, t, float(logp[b, t])) for t in live}
-        mean = sum(d.values()) / max(len(live), 1)
+        A = float(x["advantages"][b])
+        own = {t: float(logp[b, t]) - at("old_logp", b, t, float(logp[b, t])) for t in live}
+        over, shares[b] = ratio_by_hand(own, A, o)
         gap = {t: at("old_logp", b, t, 0) - at("sampler_logp", b, t, 0) for t in live}
+        fixes = {t: sampler_by_hand(gap[t], o) for t in live}
+        log_fix = sum(math.log(max(w, 1e-8)) for w in fixes.values())
         for t in live:
-            A = float(x["advantages"][b])
             lp = float(logp[b, t])
-            delta = mean if o.ratio == "sequence" else d[t]
-            r = math.exp(delta)
-            if o.surrogate == "clip":
-                low, high = 1 - o.clip_low, 1 + o.clip_high
-                moves = not (A > 0 and r > high) and not (A < 0 and r < low) and A != 0
-                v = -A * (min(r, high) if A > 0 else max(r, low))
-                if A < 0 and o.dual_clip and r > o.dual_clip:
-                    v, moves = -A * o.dual_clip, False
-                s = -A * r if moves else 0.0
-            elif o.ratio == "none":
-                v, s = -A * lp, -A
-            else:
-                v = s = -A * r
-            if o.sampler_correction != "none":
-                over = sum(gap.values()) if "sequence" in o.sampler_correction else gap[t]
-                w = math.exp(over)
-                if "truncate" in o.sampler_correction:
-                    w = min(w, o.sampler_max)
-                elif w > o.sampler_max:
-                    w = 0.0
-                v, s = v * w, s * w
+            d = own[t] if o.ratio in ("none", "token") else over
+            r = math.exp(d)
+            v, s, score = surrogate_by_hand(lp, r, A, log_fix, d, o)
+            if o.surrogate != "vespo":
+                whole = o.sampler_correction.startswith("sequence")
+                w = sampler_by_hand(sum(gap.values()), o) if whole else fixes[t]
+                v, s, score = v * w, s * w, score * w
+            slope[b][t] += score
             if o.beta:
                 e = at("ref_logp", b, t, 0) - lp
+                k3, dk3 = math.exp(e) - e - 1, 1 - math.exp(e)
                 kl, dkl = {
                     "k1": (-e, 1.0),
                     "k2": (e * e / 2, -e),
-                    "k3": (math.exp(e) - e - 1, 1 - math.exp(e)),
+                    "k3": (k3, dk3),
+                    "k3_clamped": (min(k3, 10.0), dk3 if k3 <= 10 else 0.0),
                     "abs": (abs(e), -math.copysign(1.0, e)),
                 }[o.kl]
                 dkl = -e if o.kl_straight_through else dkl
                 if o.kl_ratio_corrected:
-                    kl, dkl = kl * r, dkl * r
-                    s += o.beta * kl
+                    token = o.ratio in ("sequence_sum", "geometric")
+                    by = math.exp(own[t]) if token else r
+                    kl, dkl = kl * by, dkl * by
+                    if token:
+                        slope[b][t] += o.beta * kl
+                    else:
+                        s += o.beta * kl
                 v += o.beta * kl
                 slope[b][t] += o.beta * dkl
             if o.entropy_coef:
                 v -= o.entropy_coef * float(x["entropy"][b, t])
             value[b][t] = v
-            (shared if o.ratio == "sequence" else slope)[b][t] += s
+            (along if o.ratio in SHARED else slope)[b][t] += s
     n = sum(lengths)
     by = {
         "token": lambda b: 1 / max(n, 1),
@@ -91,10 +144,10 @@ def by_hand(logp, x, o):
     loss = sum(by(b) * value[b][t] for b in range(B) for t in range(T) if mask[b][t])
     d, dent = torch.zeros(B, T).double(), torch.zeros(B, T).double()
     for b in range(B):
-        through = sum(by(b) * s for s in shared[b]) / max(lengths[b], 1)
+        through = sum(by(b) * s for s in along[b])
         for t in range(T):
             if mask[b][t]:
-                d[b, t] = by(b) * slope[b][t] + through
+                d[b, t] = by(b) * slope[b][t] + through * shares[b][t]
                 dent[b, t] = -by(b) * o.entropy_coef
     return loss, d, dent
 
@@ -110,7 +163,21 @@ VARIANTS = {
     "dual": O(dual_clip=1.5),
     "dual-wide": O(dual_clip=3.0, clip_high=0.28),
     "fixed-wider": O(reduction="fixed", max_length=17),
-    "linear-ratio": O(surrogate="linear"),
+    **{f"linear-{r}": O(surrogate="linear", ratio=r) for r in objectives.RATIOS},
+    **{f"{s}-{r}": O(surrogate=s, ratio=r, tau_neg=2.0)
+       for s in ("clip", "cispo", "sapo") for r in objectives.RATIOS[2:5]},
+    "delta": O(delta=1.5, clip_high=0.28),
+    "delta-low": O(delta=1.15, clip_high=0.5),
+    "delta-dual": O(delta=1.6, dual_clip=1.4),
+    "icepop": O(sampler_correction="token_mask", sampler_min=0.5, sampler_max=5.0),
+    "icepop-sequence": O(sampler_correction="sequence_mask", sampler_min=0.9),
+    "sampler-floor": O(sampler_correction="token_truncate", sampler_min=0.8),
+    "vespo-knobs": objectives.VESPO.replace(vespo_k_pos=1.0, vespo_lambda_neg=0.7),
+    "vespo-sampler": objectives.VESPO.replace(sampler_correction="token_truncate",
+                                              sampler_min=0.8),
+    "gmpo-kl": objectives.GMPO.replace(beta=0.2, kl_ratio_corrected=True),
+    "rloo_clip-kl": objectives.RLOO_CLIP.replace(beta=0.2, kl_ratio_corrected=True),
+    "gspo_token-kl": objectives.GSPO_TOKEN.replace(beta=0.2, kl_ratio_corrected=True),
     "entropy": O(entropy_coef=0.05),
     "gspo-kl-corrected": objectives.GSPO.replace(beta=0.2, kl_ratio_corrected=True),
     "gspo-token-mean": objectives.GSPO.replace(reduction="token", entropy_coef=0.01),

@@ -135,7 +135,7 @@ def policy_rows(
     live = torch.ones(logp.shape, dtype=torch.bool) if mask is None else mask
     out: Inputs = {"advantages": a, "objective": o}
     if not on_policy:
-        if o.ratio == "sequence":
+        if o.ratio in ("sequence", "sequence_token"):
             old = near_sequence(logp, live, seed + 1)
         else:
             old = near(logp, seed + 1, (0, 0, 0.02, -0.02, 0.1, -0.1, 0.3, -0.3, 0.6, -0.6))

@@ -44,13 +44,15 @@ def group_advantages(name: str, b: int, estimator: str, constant: float | None =
 
 
 def policy_loss(name: str, shape: tuple[int, ...], objective: Objective, **kw: Any) -> Case:
-    side = kw.pop("pad", None)
+    side, far = kw.pop("pad", None), kw.pop("far", False)
 
     def make(dtype: torch.dtype, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
         logp = -2 * torch.randn(*shape, generator=g).to(dtype).abs()
         mask = padding(shape[0], shape[1], seed, side) if side else None
         x = policy_rows(logp.double(), objective, seed, mask=mask, **kw)
+        if far:  # every third token beyond the clamps of the KL
+            x["ref_logp"][:, ::3] += 3.5
         if objective.entropy_coef:
             x["entropy"] = 3 * torch.rand(*shape, generator=g).to(dtype)
         return {"logp": logp, **x}
@@ -92,6 +94,8 @@ def linear_policy_loss(
 _O = objectives
 _FULL = Objective(beta=0.1, entropy_coef=0.01, dual_clip=1.5, clip_high=0.28, reduction="token")
 
+_SHOWN = ("grpo", "dr_grpo", "bnpo", "dapo", "gspo", "reinforce")  # have cases of their own
+
 CASES: tuple[Case, ...] = (
     group_advantages("grpo", 32, "grpo"),
     group_advantages("grpo-ragged", 23, "grpo"),
@@ -99,6 +103,9 @@ CASES: tuple[Case, ...] = (
     group_advantages("dr_grpo", 33, "dr_grpo", 0.1),
     group_advantages("rloo", 23, "rloo"),
     group_advantages("none", 23, "none"),
+    group_advantages("grpo_verl", 23, "grpo_verl"),
+    group_advantages("reinforce_pp", 23, "reinforce_pp"),
+    group_advantages("reinforce_pp_baseline", 33, "reinforce_pp_baseline"),
     policy_loss("grpo", (8, 33), _O.GRPO, pad="right"),
     policy_loss("grpo-on-policy", (8, 7), _O.GRPO, pad="left", on_policy=True),
     policy_loss("dr_grpo", (8, 33), _O.DR_GRPO, pad="left"),
@@ -110,7 +117,34 @@ CASES: tuple[Case, ...] = (
     policy_loss("full", (8, 33), _FULL, pad="right"),
     policy_loss("one-token", (1, 1), _O.GRPO.replace(beta=0.1)),
     policy_loss("zero-rows", (0, 5), _O.GRPO),
-    *(policy_loss(f"kl-{k}", (8, 7), Objective(kl=k, beta=0.3), pad="left") for k in _O.KLS),
+    *(policy_loss(n, (10, 33), o, pad="left") for n, o in _O.PRESETS.items() if n not in _SHOWN),
+    *(policy_loss(f"{n}-token-advantages", (8, 7), _O.PRESETS[n], pad="right",
+                  token_advantages=True)
+      for n in ("gspo", "gspo_token", "cispo_relative", "sapo", "vespo", "gmpo", "rloo_clip")),
+    *(policy_loss(f"{n}-kl-corrected", (8, 7),
+                  _O.PRESETS[n].replace(beta=0.3, kl_ratio_corrected=True), pad="right")
+      for n in ("gspo", "gspo_token", "cispo_absolute", "vespo", "gmpo", "rloo_clip")),
+    policy_loss("vespo-sampler", (8, 7), _O.VESPO.replace(
+        sampler_correction="token_truncate", sampler_min=0.5), pad="right"),
+    policy_loss("vespo-sampler-mask", (8, 7), _O.VESPO.replace(
+        sampler_correction="token_mask", sampler_min=0.5), pad="left"),
+    policy_loss("cispo-sequence", (8, 7), _O.CISPO_RELATIVE.replace(ratio="sequence_sum"),
+                pad="left"),
+    policy_loss("sapo-sequence", (8, 7), _O.SAPO.replace(ratio="sequence", tau_neg=2.0),
+                pad="left"),
+    policy_loss("delta", (8, 33), Objective(delta=1.5, clip_high=0.28), pad="left"),
+    policy_loss("delta-low", (8, 33), Objective(delta=1.15, clip_high=0.5), pad="left"),
+    policy_loss("delta-dual", (8, 33), Objective(delta=1.6, dual_clip=1.4), pad="left"),
+    policy_loss("icepop", (8, 33), Objective(
+        sampler_correction="token_mask", sampler_min=0.5, sampler_max=5.0), pad="right"),
+    policy_loss("icepop-sequence", (8, 7), Objective(
+        sampler_correction="sequence_mask", sampler_min=0.9), pad="right"),
+    policy_loss("sampler-floor", (8, 7), Objective(
+        sampler_correction="sequence_truncate", sampler_min=0.98), pad="right"),
+    *(policy_loss(f"kl-{k}", (8, 7), Objective(kl=k, beta=0.3), pad="left", far=k == "k3_clamped")
+      for k in _O.KLS),
+    policy_loss("kl-k3_clamped-straight", (8, 7), Objective(
+        kl="k3_clamped", beta=0.3, kl_straight_through=True), pad="left", far=True),
     policy_loss("kl-corrected", (8, 7), Objective(beta=0.3, kl_ratio_corrected=True), pad="left"),
     policy_loss("kl-straight", (8, 7), Objective(beta=0.3, kl_straight_through=True), pad="left"),
     *(policy_loss(f"sampler-{c}", (8, 7), Objective(sampler_correction=c), pad="right")
@@ -124,6 +158,8 @@ CASES: tuple[Case, ...] = (
     linear_policy_loss("dapo-temperature", (8, 9), 64, 1000, _O.DAPO, pad="left", temperature=0.7),
     linear_policy_loss("dapo-packed", (37,), 64, 1000, _O.DAPO),
     linear_policy_loss("gspo", (10, 5), 64, 1000, _O.GSPO, pad="right"),
+    *(linear_policy_loss(n, (10, 5), 7, 33, _O.PRESETS[n], pad="left")
+      for n in ("gspo_token", "cispo_relative", "sapo", "vespo", "gmpo", "rloo_clip", "ppo")),
     linear_policy_loss("reinforce-softcap", (8, 5), 64, 1000, _O.REINFORCE, pad="left",
                        softcap=6.0),
     linear_policy_loss("full-bias", (8, 9), 123, 1035, _FULL, pad="right", bias="plain",

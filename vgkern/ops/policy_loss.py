@@ -4,11 +4,13 @@
     w_i  = mask_i / (denominator of the objective's reduction, or `normalizer`)
 
 The log-ratio is selected by the mask before exp and clamped to +-20, so a masked or far-off token
-makes neither NaN nor a gradient. Token formulas: `vgkern.objectives`. No collectives: pass the
-global `normalizer` (tokens for "token", sequences for "seq" and "seq_sum", sequences times
-max_length for "fixed") and micro-batches, accumulation and ranks give the same gradient.
+makes neither NaN nor a gradient; a token of probability 0 has no score. The sampler correction
+scales the surrogate only. Formulas: `vgkern.objectives`. No collectives: pass the global
+`normalizer` (tokens for "token", sequences for "seq" and "seq_sum", sequences times max_length for
+"fixed") and micro-batches, accumulation and ranks give the same gradient.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,9 @@ from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
 
 CLAMP = 20.0
+LOW = -1e15  # stands for a log-prob of -inf: its square, and sums over a batch, stay finite
+LOG_TINY = math.log(1e-8)  # VESPO's lower bound of a log-ratio
+K3_MAX = 10.0
 # what the backends count, in the order of their metrics tensor; sums and extremes over active rows
 COUNTS = ("tokens", "active", "clip_low", "clip_high", "dual_clip", "kl", "entropy", "ratio_mean",
           "ratio_min", "ratio_max", "clamped", "sampler_gap")  # fmt: skip
@@ -44,32 +49,76 @@ def policy_loss_ref(
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     m = weight != 0
-    low, zeros = torch.finfo(logp.dtype).min, torch.zeros_like(logp)
+    zeros = torch.zeros_like(logp)
     lp, a = logp.where(m, 0), advantages.where(m, 0)  # select before any exp: 0 * inf is NaN
     old = (logp.detach() if old is None else old).where(m, 0)
-    d = lp.clamp(min=low) - old.clamp(min=low)  # a blocked token: -inf twice
-    if o.ratio == "sequence":
-        d = (d.sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp(min=1)).expand_as(d)
+    own = _minus(lp, old)
+    d = _log_ratio(own, a, m, o)
     r = d.clamp(-CLAMP, CLAMP).exp()
-    loss = _surrogate(lp, r, a, o)
+    fix = torch.ones_like(lp)
     if sampler is not None and o.sampler_correction != "none":
-        loss = loss * _correction((old - sampler).where(m, 0), o)
-    kl = _kl(zeros if ref is None else (ref - lp).where(m, 0), o)
+        fix = _correction(_minus(old, sampler.where(m, 0)), o)
+    loss = _surrogate(lp, d, r, a, fix.where(m, 1), o)
+    kl = _kl(zeros if ref is None else _minus(ref.where(m, 0), lp), o)
     if o.beta:
-        loss = loss + o.beta * (kl * r if o.kl_ratio_corrected else kl)
+        by = own.clamp(-CLAMP, CLAMP).exp() if o.ratio in ("sequence_sum", "geometric") else r
+        loss = loss + o.beta * (kl * by if o.kl_ratio_corrected else kl)
     ent = zeros if entropy is None else entropy.where(m, 0)
-    gap = zeros if sampler is None else (lp - sampler).where(m, 0)
+    gap = zeros if sampler is None else _minus(lp, sampler.where(m, 0))
     total = (weight * (loss - o.entropy_coef * ent)).sum()
-    return total, _count(m, a, d, r, kl, ent, gap, o)
+    return total, _count(m, a, own, d, r, kl, ent, gap, o)
 
 
-def _surrogate(lp: Tensor, r: Tensor, a: Tensor, o: Objective) -> Tensor:
+def _minus(x: Tensor, y: Tensor) -> Tensor:
+    """x - y of log-probs; 0 where both are -inf, and no gradient through a blocked token."""
+    return x.clamp(min=LOW) - y.clamp(min=LOW)
+
+
+def _log_ratio(own: Tensor, a: Tensor, m: Tensor, o: Objective) -> Tensor:
+    """What r is formed of, from each token's own log-ratio (0 where masked)."""
+    if o.ratio in ("none", "token"):
+        return own
+    n = m.sum(-1, keepdim=True).clamp(min=1)
+    if o.ratio == "sequence_sum":
+        return own.clamp(-CLAMP, CLAMP).sum(-1, keepdim=True).expand_as(own)
+    if o.ratio == "geometric":
+        own = torch.where(a > 0, own.clamp(max=o.clip_high), own.clamp(min=-o.clip_low))
+    mean = (own.sum(-1, keepdim=True) / n).expand_as(own)
+    return mean.detach() + (own - own.detach()) if o.ratio == "sequence_token" else mean
+
+
+def _surrogate(lp: Tensor, d: Tensor, r: Tensor, a: Tensor, fix: Tensor, o: Objective) -> Tensor:
+    score = lp.where(lp != -torch.inf, 0)  # a blocked token has no score
+    bounded = r.clamp(1 - o.clip_low, 1 + o.clip_high)
+    if o.surrogate == "vespo":  # the sampler correction is part of phi
+        return -_phi(d, a, fix, o) * a * score
     if o.surrogate == "linear":
-        return -a * (lp if o.ratio == "none" else r)
-    loss = -torch.minimum(r * a, r.clamp(1 - o.clip_low, 1 + o.clip_high) * a)
-    if o.dual_clip is None:
-        return loss
-    return loss.where((a >= 0) | (r <= o.dual_clip), -o.dual_clip * a)
+        loss = -a * (score if o.ratio == "none" else r)
+    elif o.surrogate == "cispo":
+        loss = -bounded.detach() * a * score
+    elif o.surrogate == "sapo":
+        t = torch.where(a > 0, o.tau_pos, o.tau_neg).to(a.dtype)
+        loss = -a * 4 / t * torch.sigmoid(t * (r - 1))
+    else:
+        capped = r if o.delta is None else r.clamp(max=o.delta)
+        loss = -torch.minimum(capped * a, bounded * a)
+        if o.dual_clip is not None:
+            loss = loss.where((a >= 0) | (r <= o.dual_clip), -o.dual_clip * a)
+    return loss * fix
+
+
+def _phi(d: Tensor, a: Tensor, fix: Tensor, o: Objective) -> Tensor:
+    """VESPO's gamma weight of the sequence's ratio, detached; its exponent is clamped too."""
+    w = d + fix.log().clamp(LOG_TINY, CLAMP).sum(-1, keepdim=True)
+    w = w.detach().clamp(LOG_TINY, CLAMP)
+    k, by = (
+        torch.where(a >= 0, up, down).to(a.dtype)
+        for up, down in (
+            (o.vespo_k_pos, o.vespo_k_neg),
+            (o.vespo_lambda_pos, o.vespo_lambda_neg),
+        )
+    )
+    return (by + k * w - by * w.exp()).clamp(max=CLAMP).exp()
 
 
 def _correction(gap: Tensor, o: Objective) -> Tensor:
@@ -78,33 +127,42 @@ def _correction(gap: Tensor, o: Objective) -> Tensor:
         gap = gap.sum(-1, keepdim=True)
     w = gap.detach().clamp(-CLAMP, CLAMP).exp()
     if o.sampler_correction.endswith("truncate"):
-        return w.clamp(max=o.sampler_max)
-    return w.where(w <= o.sampler_max, 0)
+        return w.clamp(o.sampler_min, o.sampler_max)
+    return w.where((w >= o.sampler_min) & (w <= o.sampler_max), 0)
 
 
 def _kl(e: Tensor, o: Objective) -> Tensor:
     """Estimator of KL(policy || ref) from e = ref - logp."""
-    c = e.clamp(-CLAMP, CLAMP)
-    value = {"k1": -e, "k2": e**2 / 2, "k3": torch.expm1(c) - c, "abs": e.abs()}[o.kl]
-    return value.detach() + (e**2 / 2 - (e**2 / 2).detach()) if o.kl_straight_through else value
+    c, k2 = e.clamp(-CLAMP, CLAMP), e**2 / 2
+    k3 = torch.expm1(c) - c
+    value = {"k1": -e, "k2": k2, "k3": k3, "k3_clamped": k3.clamp(max=K3_MAX), "abs": e.abs()}[o.kl]
+    return value.detach() + (k2 - k2.detach()) if o.kl_straight_through else value
 
 
 def _count(
-    m: Tensor, a: Tensor, d: Tensor, r: Tensor, kl: Tensor, ent: Tensor, gap: Tensor, o: Objective
-) -> Tensor:
+    m: Tensor, a: Tensor, own: Tensor, d: Tensor, r: Tensor, kl: Tensor, ent: Tensor, gap: Tensor,
+    o: Objective,
+) -> Tensor:  # fmt: skip
     """The raw counts of `COUNTS`, detached. Rows with an exactly zero coefficient are not active:
     the fused op never looks at their logits."""
     live = m if o.beta or o.entropy_coef else m & (a != 0)
-    d, r, kl, ent, gap = (t.detach() for t in (d, r, kl, ent, gap))
-    clip = o.surrogate == "clip"
-    low = live & (a < 0) & (r < 1 - o.clip_low) & clip
-    high = live & (a > 0) & (r > 1 + o.clip_high) & clip
-    dual = live & (a < 0) & (r > (o.dual_clip or torch.inf)) & clip
+    own, d, r, kl, ent, gap = (t.detach() for t in (own, d, r, kl, ent, gap))
+    up, down, lo, hi = a > 0, a < 0, 1 - o.clip_low, 1 + o.clip_high
+    low, high, dual = (torch.zeros_like(m) for _ in range(3))
+    if o.surrogate == "clip":
+        low, high = down & (r < lo), up & (r > hi)
+        dual = down & (r > (o.dual_clip or torch.inf))
+        if o.delta is not None:
+            dual = dual | (r > o.delta) & (down & (o.delta >= hi) | up & (r <= hi))
+    elif o.surrogate == "cispo":
+        low, high = (a != 0) & (r < lo), (a != 0) & (r > hi)
+    elif o.ratio == "geometric":
+        low, high = down & (own < -o.clip_low), up & (own > o.clip_high)
     n = live.sum()
     none = (n == 0).to(r.dtype)
     return torch.stack([
-        m.sum(), n, low.sum(), high.sum(), dual.sum(), kl.where(live, 0).sum(),
-        ent.where(live, 0).sum(), r.where(live, 0).sum(),
+        m.sum(), n, (live & low).sum(), (live & high).sum(), (live & dual).sum(),
+        kl.where(live, 0).sum(), ent.where(live, 0).sum(), r.where(live, 0).sum(),
         r.where(live, torch.inf).amin() if r.numel() else none,
         r.where(live, -torch.inf).amax() if r.numel() else none,
         (live & (d.abs() > CLAMP)).sum(), gap.where(live, 0).abs().amax() if gap.numel() else none,
@@ -273,9 +331,10 @@ def metrics_dict(counts: Tensor) -> dict[str, Tensor]:
     """Detached 0-d metrics from raw counts, without a host sync.
 
     tokens: unmasked; active: those with a possible gradient; clip_low, clip_high, dual_clip:
-    shares of active tokens whose gradient the clip removed; kl, entropy, ratio_mean: means over
-    active tokens (nats); ratio_min, ratio_max; clamped: count of |log-ratio| > 20; sampler_gap:
-    max |logp - sampler_logp|.
+    shares of active tokens whose gradient the clip removed (cispo: whose weight it bounded;
+    geometric: tokens left out of the mean's gradient; dual_clip: by either cap); kl, entropy,
+    ratio_mean: means over active tokens (nats); ratio_min, ratio_max; clamped: count of
+    |log-ratio| > 20; sampler_gap: max |logp - sampler_logp|.
     """
     out = dict(zip(COUNTS, counts.detach().unbind(), strict=True))
     n = out["active"].clamp(min=1)

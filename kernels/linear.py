@@ -1,0 +1,90 @@
+"""What the linear_* launchers share: fp32 logits a chunk of rows at a time, and their gradients.
+
+GEMMs are the vendor's. The [chunk, V] block of logits is fp32 from the GEMM itself; 16-bit inputs
+have the gradient of the logits, and so the operands of the backward GEMMs, in 16 bits, and every
+product and sum in fp32. Every row costs its GEMMs: to compact the live ones would be a host sync.
+"""
+
+import torch
+
+LOGITS_BYTES = 256 << 20  # of a [chunk, V] fp32 block
+FP16_SCALE = 256.0  # the largest coefficient of a chunk, where dz would leave fp16's range
+
+
+def mm32(a, b):
+    """a @ b in fp32, from fp32 or 16-bit operands."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            return torch.mm(a, b)
+        if a.is_cuda:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.float(), b.float())
+
+
+def chunks(count, vocab):
+    """Slices of `count` rows, of equal lengths within the byte budget."""
+    most = max(LOGITS_BYTES // (4 * vocab), 1)
+    most = most // 128 * 128 or most
+    parts = max(-(-count // most), 1)
+    step = max(-(-count // parts), 1)
+    return [slice(at, min(at + step, count)) for at in range(0, count, step)]
+
+
+class Grads:
+    """dhidden, dweight and dbias of a head, summed in fp32 over chunks of rows."""
+
+    def __init__(self, hidden, weight, bias, needs, temperature, softcap, ignore_index, rows):
+        self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
+        self.scalars, self.rows = (temperature, softcap, ignore_index), rows
+        self.dhidden = self.dweight = self.dbias = None
+        if needs[0]:
+            self.dhidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+
+    def add(self, part, logits, targets, logp, entropy, lse, c, e):
+        """The rows `part`, from their logits (which are overwritten) and statistics, all [chunk]."""
+        dtype = self.hidden.dtype
+        out = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+        live = (c != 0) | (e != 0)
+        scale = None
+        if dtype == torch.float16:  # a power of two, so that nothing is rounded by it
+            largest = torch.maximum(c.abs().amax(), e.abs().amax()).clamp(min=1e-30)
+            scale = torch.exp2(torch.floor(torch.log2(FP16_SCALE / largest)))
+            c, e = c * scale, e * scale
+        dz = self.rows.row_grad(
+            logits, self.bias, targets, logp, entropy, lse, c, e, None, 0, None, None, 1.0, False,
+            *self.scalars, out
+        )  # fmt: skip
+        self.products(part, dz, live, scale)
+
+    def products(self, part, dz, live, scale=None):
+        """dh = dz W, dW += dz^T h, db += sum dz; `live` rows only: the others may hold NaN."""
+
+        def unscaled(x):
+            return x if scale is None else x / scale
+
+        if self.needs[0]:
+            self.dhidden[part] = unscaled(mm32(dz, self.weight))
+        if self.needs[1]:
+            h = self.hidden[part].masked_fill(~live[:, None], 0)
+            dw = unscaled(mm32(dz.t(), h))
+            self.dweight = dw if self.dweight is None else self.dweight.add_(dw)
+        if self.needs[2]:
+            db = unscaled(dz.sum(0, dtype=torch.float32))
+            self.dbias = db if self.dbias is None else self.dbias.add_(db)
+
+    def finish(self, as_input):
+        """The three gradients in their inputs' dtypes, or as fp32; [0] where not needed."""
+        out = []
+        like = (self.hidden, self.weight, self.bias)
+        for grad, x, need in zip(
+            (self.dhidden, self.dweight, self.dbias), like, self.needs, strict=True
+        ):
+            x = self.hidden if x is None else x
+            dtype = x.dtype if as_input else torch.float32
+            if not need:
+                out.append(x.new_empty(0, dtype=dtype))
+            elif grad is None:  # no rows
+                out.append(x.new_zeros(x.shape, dtype=dtype))
+            else:
+                out.append(grad.to(dtype))
+        return tuple(out)

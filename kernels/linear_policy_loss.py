@@ -1,0 +1,48 @@
+"""linear_policy_loss for row-local objectives: per chunk of rows the logits, their statistics, the
+policy terms and the gradient, while the block is in memory once."""
+
+import torch
+
+from . import linear
+from . import rows as row_kernels
+from .policy_loss import policy_terms, totals
+
+IGNORED = -100  # a row whose coefficients are 0 whatever its logits say
+
+
+def linear_policy_loss_fwd(
+    hidden,  # [N, H]
+    weight,  # [V, H]
+    bias,  # [V] or None
+    targets,  # [N] int64
+    advantages,  # [N] fp32
+    row_weight,  # [N], 0 where masked
+    old_logp,  # [N] or None, as are ref_logp and sampler_logp
+    ref_logp,
+    sampler_logp,
+    temperature,
+    softcap,
+    objective,
+    needs,
+    rows=row_kernels,
+):
+    grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, IGNORED, rows)
+    logp = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    beta, entropy_coef = objective[6], objective[13]
+    live = row_weight != 0
+    if not beta and not entropy_coef:
+        live = live & (advantages != 0)
+    targets = targets.masked_fill(~live, IGNORED)
+    given = (advantages, row_weight, old_logp, ref_logp, sampler_logp)
+    partials = []
+    for part in linear.chunks(hidden.shape[0], weight.shape[0]) or [slice(0, 0)]:
+        logits = linear.mm32(hidden[part], weight.t())
+        stats = rows.row_stats(logits, bias, targets[part], temperature, softcap, IGNORED)
+        logp[part] = stats[0]
+        tokens = (None if t is None else t[part][:, None] for t in (logp, *given))
+        c, e, partial = policy_terms(*tokens, stats[1][:, None], objective)
+        partials.append(partial)
+        if any(needs) and logits.shape[0]:
+            grads.add(part, logits, targets[part], *stats, c[:, 0], e[:, 0])
+    loss, counts = totals(partials)
+    return loss, logp, counts, *grads.finish(as_input=False)

@@ -1,0 +1,236 @@
+"""policy_loss: loss, gradients and counts in one kernel, over blocks of tokens where the objective
+is row-local, and with one program per sequence where it is not.
+
+Every program leaves one row of sums and extremes; torch puts the rows together in fp64, on the
+device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import objective
+from .objective import (
+    GEOMETRIC,
+    INF,
+    NO_FIX,
+    SEQUENCE,
+    SEQUENCE_SUM,
+    TOKEN,
+    log_ratio,
+    mismatch_part,
+    ratio_part,
+    ratio_share,
+    token_loss,
+)
+
+# a program's row: the loss, then what vgkern.ops.policy_loss.COUNTS counts
+SUMS, MIN, MAX, CLAMPED, GAP, SIZE = 9, 9, 10, 11, 12, 13
+BLOCK = 1024
+
+
+def policy_loss_fwd(
+    logp,  # [B, T] fp32
+    advantages,  # [B, T]
+    row_weight,  # [B, T], 0 where masked
+    old_logp,  # [B, T] or None, as are ref_logp, sampler_logp and entropy
+    ref_logp,
+    sampler_logp,
+    entropy,
+    packed,
+):
+    rows = (logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy)
+    dlogp, dentropy, partial = policy_terms(*rows, packed)
+    loss, counts = totals([partial])
+    return loss, dlogp, dentropy, counts
+
+
+def policy_terms(
+    logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy, packed
+):  # fmt: skip
+    """(dlogp, dentropy, a row of sums and extremes per program) of [B, T] tokens."""
+    knobs, codes = objective.unpack(packed)
+    given = (logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy)
+    given = tuple(None if t is None else t.contiguous() for t in given)
+    dlogp, dentropy = (torch.empty_like(given[0]) for _ in range(2))
+    local = objective.row_local(codes)
+    width = logp.numel() if local else logp.shape[1]
+    block = min(max(triton.next_power_of_2(width), 128), BLOCK)
+    programs = max(-(-width // block) if local else logp.shape[0], 1)
+    partial = torch.empty(programs, SIZE, dtype=torch.float32, device=logp.device)
+    count = width if local else min(width, logp.numel())
+    with torch.cuda.device_of(logp):
+        kernel = _token_kernel if local else _sequence_kernel
+        kernel[(programs,)](
+            *given, dlogp, dentropy, partial, count, knobs, **codes, BLOCK=block,
+            num_warps=max(block // 256, 1), enable_fp_fusion=True
+        )  # fmt: skip
+    return dlogp, dentropy, partial
+
+
+def totals(partials):
+    """(loss, counts) of all programs' rows."""
+    p = torch.cat(partials).double()
+    total = p.sum(0)
+    parts = (total[1:MIN], p[:, MIN].amin(0, True), p[:, MAX].amax(0, True))
+    counts = torch.cat([*parts, total[CLAMPED:GAP], p[:, GAP].amax(0, True)])
+    return total[0].float(), counts.float()
+
+
+@triton.jit
+def _one(p, i, inside):
+    """A value per token, None without the tensor."""
+    if p is not None:
+        return tl.load(p + i, mask=inside, other=0.0)
+    else:
+        return None
+
+
+@triton.jit
+def _load(logp, advantages, row_weight, old, ref, sampler, i, inside):
+    """The tokens at `i`; whatever a masked one holds is 0."""
+    w = tl.load(row_weight + i, mask=inside, other=0.0)
+    m = w != 0
+    lp, a = tl.load(logp + i, mask=m, other=0.0), tl.load(advantages + i, mask=m, other=0.0)
+    before = lp
+    if old is not None:
+        before = tl.load(old + i, mask=m, other=0.0)
+    return w, lp, a, before, _one(ref, i, m), _one(sampler, i, m)
+
+
+@triton.jit
+def _count(acc, live, m, value, w, t, lp, sampler, ent):
+    """The running sums and extremes with these tokens in them."""
+    d, r, kl, low, high, dual = t
+    loss, tokens, active, n_low, n_high, n_dual, s_kl, s_ent, s_r, least, most, far, gap = acc
+    loss += tl.where(live, w * value, 0.0)
+    tokens += m.to(tl.float32)
+    active += live.to(tl.float32)
+    n_low += (live & low).to(tl.float32)
+    n_high += (live & high).to(tl.float32)
+    n_dual += (live & dual).to(tl.float32)
+    s_kl += tl.where(live, kl, 0.0)
+    s_ent += tl.where(live, ent, 0.0)
+    s_r += tl.where(live, r, 0.0)
+    least = tl.minimum(least, tl.where(live, r, INF))
+    most = tl.maximum(most, tl.where(live, r, -INF))
+    far += (live & ~objective.inside(d)).to(tl.float32)
+    if sampler is not None:
+        gap = tl.maximum(gap, tl.where(live, tl.abs(log_ratio(lp, sampler)), 0.0))
+    return loss, tokens, active, n_low, n_high, n_dual, s_kl, s_ent, s_r, least, most, far, gap
+
+
+@triton.jit
+def _fresh(BLOCK: tl.constexpr):
+    z = tl.zeros([BLOCK], tl.float32)
+    return z, z, z, z, z, z, z, z, z, z + INF, z - INF, z, z
+
+
+@triton.jit
+def _store_counts(to, acc):
+    for j in tl.static_range(9):
+        tl.store(to + j, tl.sum(acc[j], 0))
+    tl.store(to + 9, tl.min(acc[9], 0))
+    tl.store(to + 10, tl.max(acc[10], 0))
+    tl.store(to + 11, tl.sum(acc[11], 0))
+    tl.store(to + 12, tl.max(acc[12], 0))
+
+
+@triton.jit(do_not_specialize=["N"])
+def _token_kernel(
+    logp, advantages, row_weight, old, ref, sampler, entropy, dlogp, dentropy, partial, N, k,
+    RATIO: tl.constexpr, SURROGATE: tl.constexpr, DUAL: tl.constexpr, DELTA: tl.constexpr,
+    BETA: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, KL_STRAIGHT: tl.constexpr,
+    FIX: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    i = pid * BLOCK + tl.arange(0, BLOCK)
+    w, lp, a, before, rf, sm = _load(logp, advantages, row_weight, old, ref, sampler, i, i < N)
+    live = w != 0
+    if not ALWAYS:
+        live = live & (a != 0)
+    value, slope, _, d, r, kl, low, high, dual = token_loss(
+        lp, before, a, rf, sm, 0.0, 0.0, k,
+        RATIO, SURROGATE, DUAL, DELTA, BETA, KL, KL_RATIO, KL_STRAIGHT, FIX
+    )  # fmt: skip
+    ent = tl.zeros([BLOCK], tl.float32)
+    de = tl.zeros([BLOCK], tl.float32)
+    if entropy is not None:
+        ent = tl.load(entropy + i, mask=live, other=0.0)
+        value -= k.entropy_coef * ent
+        de = -w * k.entropy_coef
+    acc = _count(_fresh(BLOCK), live, w != 0, value, w, (d, r, kl, low, high, dual), lp, sm, ent)
+    tl.store(dlogp + i, tl.where(live, w * slope, 0.0), mask=i < N)
+    tl.store(dentropy + i, tl.where(live, de, 0.0), mask=i < N)
+    _store_counts(partial + pid * 13, acc)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _sequence_kernel(
+    logp, advantages, row_weight, old, ref, sampler, entropy, dlogp, dentropy, partial, T, k,
+    RATIO: tl.constexpr, SURROGATE: tl.constexpr, DUAL: tl.constexpr, DELTA: tl.constexpr,
+    BETA: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, KL_STRAIGHT: tl.constexpr,
+    FIX: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    through: tl.constexpr = RATIO == SEQUENCE or RATIO == SEQUENCE_SUM or RATIO == GEOMETRIC
+    length = tl.zeros([BLOCK], tl.float32)
+    ratio = tl.zeros([BLOCK], tl.float32)
+    gap = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        i = pid * T + t
+        w, lp, a, before, rf, sm = _load(logp, advantages, row_weight, old, ref, sampler, i, t < T)
+        m = w != 0
+        length += m.to(tl.float32)
+        ratio += tl.where(m, ratio_part(log_ratio(lp, before), a, k, RATIO), 0.0)
+        if sampler is not None and FIX != NO_FIX:
+            gap += tl.where(m, mismatch_part(before, sm, k, SURROGATE, FIX), 0.0)
+    inverse_length = 1 / tl.maximum(tl.sum(length, 0), 1.0)
+    sequence_d, mismatch = tl.sum(ratio, 0), tl.sum(gap, 0)
+    if RATIO != SEQUENCE_SUM:
+        sequence_d *= inverse_length
+    pending = tl.zeros([BLOCK], tl.float32)  # slope in the log-ratio of the sequence
+    if through:
+        for start in range(0, T, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            i = pid * T + t
+            w, lp, a, before, rf, sm = _load(
+                logp, advantages, row_weight, old, ref, sampler, i, t < T
+            )
+            live = w != 0
+            if not ALWAYS:
+                live = live & (a != 0)
+            _, _, along, _, _, _, _, _, _ = token_loss(
+                lp, before, a, rf, sm, sequence_d, mismatch, k,
+                RATIO, SURROGATE, DUAL, DELTA, BETA, KL, KL_RATIO, KL_STRAIGHT, FIX
+            )  # fmt: skip
+            pending += tl.where(live, w * along, 0.0)
+    spread = tl.sum(pending, 0)
+    acc = _fresh(BLOCK)
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        i = pid * T + t
+        w, lp, a, before, rf, sm = _load(logp, advantages, row_weight, old, ref, sampler, i, t < T)
+        m = w != 0
+        live = m
+        if not ALWAYS:
+            live = live & (a != 0)
+        value, slope, _, d, r, kl, low, high, dual = token_loss(
+            lp, before, a, rf, sm, sequence_d, mismatch, k,
+            RATIO, SURROGATE, DUAL, DELTA, BETA, KL, KL_RATIO, KL_STRAIGHT, FIX
+        )  # fmt: skip
+        ent = tl.zeros([BLOCK], tl.float32)
+        de = tl.zeros([BLOCK], tl.float32)
+        if entropy is not None:
+            ent = tl.load(entropy + i, mask=live, other=0.0)
+            value -= k.entropy_coef * ent
+            de = -w * k.entropy_coef
+        dl = tl.where(live, w * slope, 0.0)
+        if through:
+            share = ratio_share(lp, log_ratio(lp, before), a, inverse_length, k, RATIO)
+            dl += tl.where(m, spread * share, 0.0)
+        acc = _count(acc, live, m, value, w, (d, r, kl, low, high, dual), lp, sm, ent)
+        tl.store(dlogp + i, dl, mask=t < T)
+        tl.store(dentropy + i, tl.where(live, de, 0.0), mask=t < T)
+    _store_counts(partial + pid * 13, acc)
