@@ -18,7 +18,9 @@ from vgkern.gate.row import Row
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if INTERPRETED:
-    pytest.skip("TRITON_INTERPRET: one process cannot interpret and compile", allow_module_level=True)
+    pytest.skip(
+        "TRITON_INTERPRET: one process cannot interpret and compile", allow_module_level=True
+    )
 
 import triton.language as tl  # noqa: E402
 
@@ -138,7 +140,7 @@ def test_what_the_compiler_refuses_is_reported():
 
 
 def test_a_launcher_that_reads_from_the_gpu_is_reported():
-    for reads in (torch.Tensor.tolist, torch.nonzero, bool):
+    for reads in (torch.Tensor.item, torch.nonzero, bool):
         made, (row,) = record([Launch("toy", "", lambda: (copy(), reads(torch.empty(1))))], 90)  # noqa: B023
         assert len(made) == 1 and row.kernel == "toy" and said(row, "launcher: D")
 
@@ -287,7 +289,9 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     assert doctor.report([90]) == 1 and "BROKEN: spills 8 bytes" in capsys.readouterr().out
     rows.remove(bad)
     wanted["_c_kernel"] = "c.py"
-    assert doctor.report([90]) == 1 and "_c_kernel (c.py) is in no launch" in capsys.readouterr().out
+    assert (
+        doctor.report([90]) == 1 and "_c_kernel (c.py) is in no launch" in capsys.readouterr().out
+    )
     monkeypatch.setattr(table, "triton_folder", lambda: None)
     assert doctor.report([90]) == 2 and "no triton" in capsys.readouterr().out
 

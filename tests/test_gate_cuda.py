@@ -1,4 +1,4 @@
-"""Every kernel of csrc/*.cu compiled by nvcc for four architectures, under the limits of the gate."""
+"""Every kernel of csrc/*.cu, compiled by nvcc for four architectures, keeps the gate's limits."""
 
 import pytest
 
@@ -30,7 +30,9 @@ def test_no_limit_is_broken(rows):
 
 def test_every_kernel_is_there_on_every_architecture(rows):
     want = {(name, arch) for name in coverage.cuda_kernels() for arch in DEFAULT}
-    assert want <= {(r.kernel, r.arch) for r in rows}, sorted(want - {(r.kernel, r.arch) for r in rows})
+    assert want <= {(r.kernel, r.arch) for r in rows}, sorted(
+        want - {(r.kernel, r.arch) for r in rows}
+    )
 
 
 TOY = """
@@ -98,4 +100,4 @@ def test_what_nvcc_refuses_is_reported(tmp_path):
     source = tmp_path / "toy.cu"
     source.write_text("__global__ void __launch_bounds__(32) k(float* y) { y[0] = nothing; }")
     (row,) = cuda.compile_source(source, 90, NVCC, tmp_path)
-    assert row.kernel == "toy.cu" and 'nvcc: ' in row.problems[0] and '"nothing"' in row.problems[0]
+    assert row.kernel == "toy.cu" and "nvcc: " in row.problems[0] and '"nothing"' in row.problems[0]

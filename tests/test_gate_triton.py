@@ -10,7 +10,9 @@ from vgkern.gate.arch import DEFAULT
 
 pytestmark = pytest.mark.timeout(1200)
 if INTERPRETED:
-    pytest.skip("TRITON_INTERPRET: one process cannot interpret and compile", allow_module_level=True)
+    pytest.skip(
+        "TRITON_INTERPRET: one process cannot interpret and compile", allow_module_level=True
+    )
 
 
 @pytest.fixture(scope="module", params=["installed", "oldest"])
@@ -40,4 +42,6 @@ def test_aligned_rows_are_read_in_wide_loads(rows):
     """At a vocabulary that is a multiple of 16 every row kernel has loads of 64 bits or more."""
     wide = {"128", "256", "64", "cp.async", "tma", "bulk"}
     rowwise = [r for r in rows if r.kernel.startswith("_row_") and "V128256" in r.launch]
-    assert all(wide & set(r.loads) for r in rowwise), [r for r in rowwise if not wide & set(r.loads)]
+    assert all(wide & set(r.loads) for r in rowwise), [
+        r for r in rowwise if not wide & set(r.loads)
+    ]

@@ -68,9 +68,7 @@ def native(command: str, arguments: list[str]) -> int:
 def doctor(arguments: list[str]) -> int:
     from vgkern.gate.arch import ARCHS, DEFAULT
 
-    parser = argparse.ArgumentParser(
-        prog="python -m vgkern doctor", description=COMMANDS["doctor"]
-    )
+    parser = argparse.ArgumentParser(prog="python -m vgkern doctor", description=COMMANDS["doctor"])
     parser.add_argument(
         "--kernels", action="store_true", help="compile every GPU kernel, with or without a GPU"
     )

@@ -90,4 +90,6 @@ def _template(mangled: str) -> str:
         return mangled
     name = subprocess.run([tool, mangled], capture_output=True, text=True).stdout
     found = re.search(r"<[^()]*>(?=\()", name)
-    return found.group(0).replace("__nv_bfloat16", "bf16").replace("__half", "half") if found else ""
+    return (
+        found.group(0).replace("__nv_bfloat16", "bf16").replace("__half", "half") if found else ""
+    )

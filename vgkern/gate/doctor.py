@@ -23,7 +23,9 @@ def report(archs: Sequence[int], out: str | None = None) -> int:
         ran = True
         print(table.text(made) if made else "no kernels")
         rows += made
-        missing += sorted(f"{k} ({f})" for k, f in wanted.items() if k not in {r.kernel for r in made})
+        missing += sorted(
+            f"{k} ({f})" for k, f in wanted.items() if k not in {r.kernel for r in made}
+        )
     if out:
         Path(out).write_text(json.dumps([r.to_json() for r in rows], indent=1) + "\n")
     broken = sum(bool(r.problems) for r in rows)
@@ -46,4 +48,9 @@ def _triton(archs: Sequence[int]) -> Part:
 def _cuda(archs: Sequence[int]) -> Part:
     if (nvcc := cuda.find_nvcc()) is None:
         return "cuda", "not compiled: no nvcc", [], {}
-    return f"{cuda.version(nvcc)} ({nvcc})", None, table.cuda_rows(nvcc, archs), coverage.cuda_kernels()
+    return (
+        f"{cuda.version(nvcc)} ({nvcc})",
+        None,
+        table.cuda_rows(nvcc, archs),
+        coverage.cuda_kernels(),
+    )

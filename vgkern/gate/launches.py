@@ -48,6 +48,8 @@ class Head(NamedTuple):
 LLAMA = Head("V128256 H4096", 4096, 4096, 128256, BF16)
 SMOL = Head("V49152 H576", 4096, 576, 49152, BF16)
 ODD = Head("V50257 H770", 999, 770, 50257, F32)
+FEW = Head("V128256 H4096 N32", 32, 4096, 128256, BF16)
+FEW_ODD = Head("V50257 H770 N3", 3, 770, 50257, F32)
 HALF = Head("V49152 H576", 4096, 576, 49152, F16)
 
 
@@ -128,15 +130,17 @@ def _linear() -> Iterator[Launch]:
             return *head.tensors(bias), ids(n), *stats, 1.0, softcap, IGNORE, needs
 
         extra = "bias softcap" if bias else "frozen head" if needs == FROZEN_HEAD else ""
-        return [
-            _launch("linear_logprobs_fwd", f"{head} {extra}", fwd),
-            _launch("linear_logprobs_bwd", f"{head} {extra}", bwd),
-        ]
+        made = [_launch("linear_logprobs_fwd", f"{head} {extra}", fwd)]
+        if head.rows > 64:  # fewer are scored, not trained on
+            made.append(_launch("linear_logprobs_bwd", f"{head} {extra}", bwd))
+        return made
 
     yield from case(LLAMA, False, 0.0, ALL)
     yield from case(SMOL, True, 30.0, ALL)
     yield from case(HALF, False, 0.0, FROZEN_HEAD)
     yield from case(ODD, False, 0.0, ALL)
+    yield from case(FEW, False, 0.0, ALL)
+    yield from case(FEW_ODD, False, 0.0, ALL)
 
 
 def _sample() -> Iterator[Launch]:
@@ -167,9 +171,11 @@ def _policy() -> Iterator[Launch]:
     yield case("grpo", objectives.GRPO, (64, 1024), False)
     yield case("grpo all terms", every, (64, 1024), True)
     yield case("gspo", objectives.GSPO, (63, 777), True)
+    yield case("vespo all terms", objectives.VESPO.replace(beta=0.04), (64, 1024), True)
+    yield case("gmpo", objectives.GMPO, (64, 1024), False)
     for rows in (512, 37):
         yield _launch(
-            "group_advantages_fwd", f"B{rows}", lambda rows=rows: (f32(rows), ids(rows), 0)
+            "group_advantages_fwd", f"B{rows}", lambda rows=rows: (f32(rows).double(), ids(rows), 0)
         )
 
 

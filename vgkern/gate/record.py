@@ -101,7 +101,7 @@ def record(launches: Iterable[Launch], arch: int) -> tuple[list[Compile], list[R
     failed = []
     now: dict[str, Any] = {}
 
-    run, compile_ = JITFunction.run, JITFunction._do_compile
+    run = JITFunction.run
 
     def recorded_run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
         now.update(grid=grid, args=args, options=options)
@@ -124,7 +124,9 @@ def record(launches: Iterable[Launch], arch: int) -> tuple[list[Compile], list[R
             "enable_fp_fusion" in now["options"],
             any(str(t) in ("*bf16", "*fp16") for t in signature.values()),
         )
-        kept = found.setdefault(f"{made.kernel} {source.hash()} {sorted(made.options.items())}", made)
+        kept = found.setdefault(
+            f"{made.kernel} {source.hash()} {sorted(made.options.items())}", made
+        )
         if now["label"] not in kept.labels:
             kept.labels.append(now["label"])
 
@@ -145,7 +147,9 @@ def record(launches: Iterable[Launch], arch: int) -> tuple[list[Compile], list[R
                 with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
                     launch.call()
             except Exception as e:
-                failed.append(Row.broken(launch.operator, now["label"], arch, f"launcher: {_last(e)}"))
+                failed.append(
+                    Row.broken(launch.operator, now["label"], arch, f"launcher: {_last(e)}")
+                )
     return list(found.values()), failed
 
 

@@ -88,8 +88,15 @@ def _triton_rows(folder: Path, arch: int) -> list[Row]:
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
             said = "\n".join(done.stderr.strip().splitlines()[-5:])
-            raise RuntimeError(f"triton {version} for sm_{arch} ended with {done.returncode}: {said}")
-        new.replace(kept)
+            raise RuntimeError(
+                f"triton {version} for sm_{arch} ended with {done.returncode}: {said}"
+            )
+        rows = new.read_text()
+        new.unlink()
+        if kept.name.endswith(f"{_made_of(version)}.json"):  # not edited meanwhile
+            kept.with_suffix(".part").write_text(rows)
+            kept.with_suffix(".part").replace(kept)
+        return [Row.from_json(fields) for fields in json.loads(rows)]
     return [Row.from_json(fields) for fields in json.loads(kept.read_text())]
 
 
