@@ -1,9 +1,11 @@
 """Shared by every test: backends, NaN-poisoned memory, the table of measured ratios."""
 
 import os
+import shutil
 
 import pytest
 import torch
+from emulation import build as emulation
 
 from vgkern.ops import _backend
 
@@ -16,10 +18,24 @@ def pytest_addoption(parser):
 
 # The backends that a run of the tests covers: Triton's interpreter needs a process of its own.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-BACKENDS = ("triton",) if INTERPRETED else ("torch", "cpu")
+BACKENDS = ("triton",) if INTERPRETED else ("torch", "cpu", "cuda")
+
+
+def emulate_cuda() -> None:
+    """The cuda backend on CPU tensors: its kernels run by tests/emulation, built at first need."""
+    if "VGKERN_CUDA_LIBRARY" in os.environ:
+        return
+    why = emulation.missing()
+    if why and (os.environ.get("CI") or shutil.which("nvcc")):
+        pytest.fail(f"the CUDA kernels must be tested here, but there is {why}")
+    if why:
+        pytest.skip(f"the CUDA kernels cannot be emulated: {why}")
+    os.environ["VGKERN_CUDA_LIBRARY"] = str(emulation.build())
 
 
 def skip_unless_runs(backend: str) -> None:
+    if backend == "cuda":
+        emulate_cuda()
     why = _backend._missing(backend, torch.device("cpu")) if backend != "torch" else None
     if why:
         pytest.skip(f"backend {backend} does not run here: {why}")

@@ -66,7 +66,9 @@ def _torch_flags(compiler: Compiler) -> tuple[list[str], list[str]]:
 
 
 def source_files(folder: Path) -> list[Path]:
-    if not (files := sorted(p for p in folder.glob("*") if p.suffix in (".cpp", ".h"))):
+    """What the CPU library is made of: all but the files of the CUDA kernels (_cuda_build.py)."""
+    files = sorted(p for p in folder.glob("*") if p.suffix in (".cpp", ".h"))
+    if not (files := [p for p in files if p.name != "bindings_cuda.cpp"]):
         raise NativeError(f"no C++ sources in {folder}; install vgkern again")
     return files
 
@@ -84,7 +86,7 @@ def source_key(folder: Path) -> str:
 def _units(folder: Path, variants: dict[str, list[str]]) -> list[tuple[Path, str, list[str]]]:
     """(source, object stem, flags) of every translation unit, in link order."""
     have = [f"-DVG_HAVE_{name.upper()}" for name in variants if name != "base"]
-    sources = sorted(folder.glob("*.cpp"))
+    sources = [p for p in source_files(folder) if p.suffix == ".cpp"]
     units = [(p, p.stem, have) for p in sources if not p.name.startswith("isa_")]
     for name, flags in variants.items():
         for p in sources:
@@ -182,7 +184,8 @@ def compile_library(
     jobs = max(1, min(len(os.sched_getaffinity(0)), memory >> 30, len(missing)))
     say(f"building native kernels (once, about {2 + 10 * -(-len(missing) // jobs)} s) ...")
     began = time.monotonic()
-    returned, lines = _run([ninja, "-C", str(work), "-j", str(jobs)], work, verbose)
+    command = [ninja, "-C", str(work), "-j", str(jobs), *(["-v"] if verbose else [])]
+    returned, lines = run(command, work, verbose)
     lines = [line.replace(str(source), str(SOURCES)) for line in lines]
     log.write_text("\n".join(lines) + "\n")
     for kept in missing:  # also of a failed build: what compiled is not compiled again
@@ -201,13 +204,13 @@ def compile_library(
     return library
 
 
-def _run(command: list[str], work: Path, verbose: bool) -> tuple[int, list[str]]:
+def run(command: list[str], work: Path, verbose: bool) -> tuple[int, list[str]]:
     """The exit status and the lines printed; `verbose` shows them as they come."""
     env = {k: v for k, v in os.environ.items() if k not in _DROPPED_ENV}
     env |= {"LC_ALL": "C", "TMPDIR": str(work)}
     lines = []
     with subprocess.Popen(
-        [*command, *(["-v"] if verbose else [])],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=env,

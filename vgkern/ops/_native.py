@@ -155,18 +155,29 @@ def _stamp(key: str) -> dict[str, str]:
 
 
 def _find_built(cache: Path, key: str, compiler: _compile.Compiler | None) -> Path | None:
-    """The library in the cache whose stamp and bytes are as its builder left them."""
+    """The library in the cache whose stamp and bytes are as its builder left them, if any."""
     # A machine without a compiler takes what a compiler left here, whichever it was.
     names = [_library_name(key, compiler.version)] if compiler else []
-    for library in [cache / n for n in names] or sorted(cache.glob(f"vgkern-{key}-*.so")):
-        try:
-            manifest = json.loads(_read_no_follow(library.with_suffix(".json")))
-            sha256 = hashlib.sha256(_read_no_follow(library)).hexdigest()
-        except (OSError, ValueError):
-            continue
-        if manifest == {**_stamp(key), "sha256": sha256}:
-            return library
-    return None
+    libraries = [cache / n for n in names] or sorted(cache.glob(f"vgkern-{key}-*.so"))
+    return next((library for library in libraries if _intact(library, key)), None)
+
+
+def _intact(library: Path, key: str) -> bool:
+    try:
+        manifest = json.loads(_read_no_follow(library.with_suffix(".json")))
+        sha256 = hashlib.sha256(_read_no_follow(library)).hexdigest()
+    except (OSError, ValueError):
+        return False
+    return bool(manifest == {**_stamp(key), "sha256": sha256})
+
+
+def _keep(made: Path, library: Path, key: str) -> None:
+    """Move a library that was made in a directory of the cache to its name there."""
+    sha256 = hashlib.sha256(made.read_bytes()).hexdigest()
+    manifest = made.with_suffix(".json")
+    manifest.write_text(json.dumps({**_stamp(key), "sha256": sha256}))
+    os.replace(made, library)
+    os.replace(manifest, library.with_suffix(".json"))
 
 
 def _library_name(key: str, version: str) -> str:
@@ -239,11 +250,7 @@ def _build(verbose: bool, force: bool) -> Path:
             objects.mkdir(mode=0o700, exist_ok=True)
             log = cache / "build.log"
             made = _compile.compile_library(source, work, objects, log, compiler, ninja, verbose)
-            sha256 = hashlib.sha256(made.read_bytes()).hexdigest()
-            manifest = work / "manifest.json"
-            manifest.write_text(json.dumps({**_stamp(key), "sha256": sha256}))
-            os.replace(made, library)
-            os.replace(manifest, library.with_suffix(".json"))
+            _keep(made, library, key)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         _prune(cache)

@@ -1,0 +1,121 @@
+// The C launchers of csrc/*.cu: what they take. Plain C++, read by nvcc, by the binding and by the
+// host emulation. All tensors are on one device; a launcher only launches: no allocation, no
+// synchronisation, so that every one of them can be captured in a CUDA graph. Each returns a
+// cudaError_t as int.
+#pragma once
+#include <stdint.h>
+
+namespace vgkern {
+
+enum Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
+
+// Rows with unit-stride columns.
+struct Matrix {
+  void* data;
+  int64_t rows, columns, stride;
+  int dtype;
+};
+
+// z = softcap * tanh((x + bias) / softcap) * inv_temperature; softcap 0: none
+struct Scale {
+  const float* bias;  // [V] or null
+  float inv_temperature, softcap;
+};
+
+struct NoiseRows {
+  int64_t seed;
+  const int64_t *sequence, *position;  // [N]
+};
+
+struct RowStatsArgs {
+  Matrix logits;  // [N, V]
+  Scale scale;
+  const int64_t* targets;  // [N]
+  int64_t ignore_index;
+  float *logp, *entropy, *lse;  // [N]
+};
+
+struct RowGradArgs {
+  Matrix logits, out;  // [N, V]; out may be logits
+  Scale scale;
+  const int64_t* targets;  // [N]
+  int64_t ignore_index;
+  const float *logp, *entropy, *lse;  // [N]
+  const float *c, *e;                 // [N]: dl/dlogp, dl/dentropy; null: 0
+  const float* u;                     // [N, V]: costates at the next input, through E; null: none
+  int64_t u_stride;
+  NoiseRows noise;  // of the sampled token, for u
+  float tau;
+  int expected;  // q = softmax(z) instead of softmax((z + g) / tau)
+};
+
+struct RowSampleArgs {
+  Matrix logits;  // [N, V]
+  Scale scale;    // inv_temperature is not used
+  NoiseRows noise;
+  const float* temperature;  // [N], 0: greedy
+  int64_t top_k;             // 0: no limit
+  double top_p, min_p;
+  int64_t* token;         // [N]
+  float *logp, *entropy;  // [N]
+};
+
+struct GroupAdvantagesArgs {
+  const double* rewards;       // [B]
+  const int64_t *ids, *order;  // [B]: sorted group ids, and the sample that each is of
+  double* out;                 // [B]
+  int64_t n;
+  int estimator;  // vgkern.objectives.ESTIMATORS
+};
+
+// [N, n], any strides
+struct Strided {
+  const void* data;
+  int64_t row, element;
+};
+
+// Forward where `action` is given, else backward.
+struct GaussianActionArgs {
+  int64_t rows, n;
+  int dtype;
+  NoiseRows noise;
+  Strided mean, log_std, daction;
+  void* action;          // [N, n]
+  float* logp;           // [N]
+  const float* dlogp;    // [N]
+  void *dmean, *dlog_std;  // [N, n]
+};
+
+// A vector per step, [B, T, n], or per sequence, [B, n]; data may be null.
+struct Steps {
+  void* data;
+  int64_t batch, step, element;
+};
+
+struct RecurrenceArgs {
+  int64_t batch, steps, n;
+  int dtype, dense, reverse;
+  const void* jacobian;        // [B, T, n, n], or [B, T, n]
+  int64_t jacobian_stride[4];
+  Steps push, start;           // [B, T, n]; [B, n]
+  const uint8_t* done;         // [B, T] or null
+  int64_t done_batch, done_step;
+  float gamma;
+  Steps sigma;                 // [B, T, n] or null: noise that is added, with `noise`
+  NoiseRows noise;             // [B T]
+  Steps out, last;             // x before every step, after the last one
+  Steps other;                 // [B, T, n]: the other factor of djacobian
+  void* djacobian;             // [B, T, n, n] or [B, T, n], contiguous, or null
+  Steps dsigma;                // x times the replayed noise
+};
+
+extern "C" {
+int vg_group_advantages(const GroupAdvantagesArgs*, void* stream);
+int vg_gaussian_action(const GaussianActionArgs*, void* stream);
+int vg_recurrence(const RecurrenceArgs*, void* stream);
+int vg_row_stats(const RowStatsArgs*, void* stream);
+int vg_row_grad(const RowGradArgs*, void* stream);
+int vg_row_sample(const RowSampleArgs*, void* stream);
+}
+
+}  // namespace vgkern
