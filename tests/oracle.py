@@ -25,6 +25,7 @@ EAGER = {
 }
 MUTATIONS = {name: m for family in _FAMILIES for name, m in family.MUTATIONS.items()}
 NOT_DIFFERENTIABLE = ("token", "gap", "scale")
+AS_INPUT = ("action", "costates", "states")  # values in the dtype of the inputs, not statistics
 LAYOUTS = ("contiguous", "transposed", "sliced", "every other row")
 
 
@@ -98,7 +99,10 @@ def run(function, inputs, names, upstream):
         inputs[k] = inputs[k].detach().requires_grad_()
     out = function(**inputs)
     total = sum((out[k] * u.to(out[k].dtype)).sum() for k, u in upstream.items() if k in out)
-    grads = torch.autograd.grad(total, [inputs[k] for k in leaves]) if leaves else []
+    grads = []
+    if leaves:  # an input that no step uses has gradient 0
+        wanted = [inputs[k] for k in leaves]
+        grads = torch.autograd.grad(total, wanted, materialize_grads=True)
     return out, {f"d{k}": g for k, g in zip(leaves, grads, strict=True)}
 
 
@@ -135,6 +139,7 @@ def check(case, backend, dtype, layout="contiguous", seed=0):
         a, b, c = (({**x, **dx})[k] for x, dx in ((got, dgot), (plain, dplain), (truth, dtruth)))
         expected = inputs[k[1:]].dtype if k in dgot else stats
         expected = inputs["rewards"].dtype if case.op == "group_advantages" else expected
+        expected = dtype if k in AS_INPUT else expected
         assert a.dtype == expected, f"{k} is {a.dtype}, not {expected}"
         if decided is not None:
             same = (plain["token"] == truth["token"]) | (k == "entropy")

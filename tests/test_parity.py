@@ -32,7 +32,9 @@ STRIDED = ("token_logprobs-v31-3d", "token_logprobs-v1035-ignore", "group_advant
            "linear_token_logprobs-h7-v31-3d", "linear_token_logprobs-h123-v1035-all",
            "policy_loss-full", "policy_loss-gspo", "linear_policy_loss-full-bias",
            "linear_policy_loss-gspo", "linear_sample-h123-v1035-3d",
-           "linear_sample-all-cuts")  # fmt: skip
+           "linear_sample-all-cuts", "gaussian_action-n7-3d", "gaussian_action-n6-shared",
+           "costate_scan-n33-done", "costate_scan-n70-done", "costate_scan-diagonal-n33-done",
+           "linear_rollout-n33", "linear_rollout-diagonal-n33")  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])

@@ -3,8 +3,11 @@
 from vgkern.objectives import Objective
 from vgkern.ops._backend import BackendError, use_backend
 from vgkern.ops._check import NonFiniteError
+from vgkern.ops.costate_scan import costate_scan
+from vgkern.ops.gaussian_action import GaussianAction, gaussian_action
 from vgkern.ops.group_advantages import group_advantages
 from vgkern.ops.linear_policy_loss import linear_policy_loss
+from vgkern.ops.linear_rollout import linear_rollout
 from vgkern.ops.linear_sample import Sample, linear_sample
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
 from vgkern.ops.noise import Noise
@@ -15,14 +18,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "GaussianAction",
     "Noise",
     "NonFiniteError",
     "Objective",
     "PolicyLoss",
     "Sample",
     "TokenLogprobs",
+    "costate_scan",
+    "gaussian_action",
     "group_advantages",
     "linear_policy_loss",
+    "linear_rollout",
     "linear_sample",
     "linear_token_logprobs",
     "policy_loss",

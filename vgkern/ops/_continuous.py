@@ -1,0 +1,52 @@
+"""Argument checks that the ops of continuous actions and states share."""
+
+import torch
+from torch import Tensor
+
+from vgkern.ops import _check
+from vgkern.ops.noise import Noise
+
+
+def same_dtype(**tensors: Tensor) -> None:
+    """All have the dtype of the first."""
+    (first, ref), *others = tensors.items()
+    for name, x in others:
+        if x.dtype != ref.dtype:
+            got = _check.describe(x)
+            raise TypeError(f"{name}: got {got}; allowed: {ref.dtype}, the dtype of {first}")
+
+
+def expanded(name: str, x: Tensor, shape: torch.Size, meaning: str) -> Tensor:
+    """A view of x with this shape."""
+    try:
+        return x.expand(shape)
+    except RuntimeError:
+        allowed = f"a shape that broadcasts to {meaning} = {list(shape)}"
+        raise _check.fail(name, x, allowed) from None
+
+
+def values(name: str, x: Tensor, good: Tensor, allowed: str) -> None:
+    """One exception that names the first element of x that is not `good`. CPU only."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return
+    if not bool(good.all()):
+        at = (~good).nonzero()[0].tolist()
+        kind = ValueError if bool(x[tuple(at)].isfinite()) else _check.NonFiniteError
+        raise kind(f"{name}: got {float(x[tuple(at)])} at {at}; allowed: {allowed}")
+
+
+def seed_and_rows(noise: object, shape: torch.Size, device: torch.device) -> tuple:
+    """(seed as int64 two's complement, sequence [N], position [N]) of rows of `shape`."""
+    if not isinstance(noise, Noise):
+        raise TypeError(f"noise: got {_check.describe(noise)}; allowed: vgkern.Noise")
+    seed = noise.seed - 2**64 if noise.seed >= 2**63 else noise.seed
+    return seed, *noise.rows(shape, device)
+
+
+def state_shape(jacobian: object) -> tuple[Tensor, torch.Size]:
+    """The Jacobians, checked, and [B, T, n]."""
+    a = _check.floating("jacobian", jacobian)
+    square = a.ndim == 3 or (a.ndim == 4 and a.shape[2] == a.shape[3])
+    if not square or a.shape[2] == 0:
+        raise _check.fail("jacobian", a, "[B, T, n, n], or the diagonals [B, T, n], with n >= 1")
+    return a, a.shape[:3]
