@@ -38,6 +38,14 @@ struct RaceKey {
   bool greedy;
 };
 
+enum Divergence : int { kForwardKL = 0, kReverseKL = 1, kJSD = 2 };
+
+// One row of student and teacher, and their log-sum-exps.
+struct TwoRows {
+  float lse, teacher_lse;
+  Divergence kind;
+};
+
 struct RowKernels {
   const char* isa;
   void (*widen)(Dtype, const void* src, float* dst, int64_t n);
@@ -51,6 +59,16 @@ struct RowKernels {
                const Transform&);
   void (*race)(const float* z, int64_t n, int64_t v0, const RaceKey&, RaceState&);
   void (*add)(float* acc, const float* x, int64_t n);
+  // z = scale q (u - <q, u>) times the soft-cap's slope, q = softmax((z + gumbel) inv_tau); no
+  // noise where `key` is null. A whole row; `space` holds n floats.
+  void (*costate)(float* z, const float* u, int64_t n, const RaceKey* key, float inv_tau,
+                  float scale, const Transform&, float* space);
+  // the divergence, and for the JSD also KL(p || m), of a whole row
+  void (*divergence)(const float* z, const float* t, int64_t n, const TwoRows&, float* value,
+                     float* inner);
+  // z = scale (c dD/dz + e dH/dz): gradients of divergence and entropy
+  void (*divergence_grad)(float* z, const float* t, int64_t n, const TwoRows&, float c, float e,
+                          float scale);
 };
 
 const RowKernels& rows();  // the best table this CPU can run

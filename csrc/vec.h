@@ -99,6 +99,27 @@ inline vf vexp(vf x) {
   return x < -87.f ? vset(0.f) : r;
 }
 
+// log for normal x > 0 (Cephes); to 1e-7 of its value, near 1 too
+inline vf vlog(vf x) {
+  const vi bits = (vi)x;
+  vf e = __builtin_convertvector(((bits >> 23) & 0xff) - 126, vf);
+  vf m = (vf)((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
+  const vi small = m < 0.707106781f;
+  e = small ? e - 1.f : e;
+  m = small ? m + m - 1.f : m - 1.f;
+  vf p = vset(7.0376836292E-2f);
+  p = p * m - 1.1514610310E-1f;
+  p = p * m + 1.1676998740E-1f;
+  p = p * m - 1.2420140846E-1f;
+  p = p * m + 1.4249322787E-1f;
+  p = p * m - 1.6668057665E-1f;
+  p = p * m + 2.0000714765E-1f;
+  p = p * m - 2.4999993993E-1f;
+  p = p * m + 3.3333331174E-1f;
+  const vf z = m * m;
+  return (m + (m * z * p - e * 2.12194440e-4f - 0.5f * z)) + e * 0.693359375f;
+}
+
 // a * m as 32-bit halves
 inline void mulhilo(vu a, uint32_t m, vu& hi, vu& lo) {
   vq even, odd;

@@ -6,11 +6,13 @@ from vgkern.ops._check import NonFiniteError
 from vgkern.ops.costate_scan import costate_scan
 from vgkern.ops.gaussian_action import GaussianAction, gaussian_action
 from vgkern.ops.group_advantages import group_advantages
+from vgkern.ops.linear_divergence import Divergence, linear_divergence
 from vgkern.ops.linear_policy_loss import linear_policy_loss
 from vgkern.ops.linear_rollout import linear_rollout
 from vgkern.ops.linear_sample import Sample, linear_sample
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
 from vgkern.ops.noise import Noise
+from vgkern.ops.noisy_embedding import noisy_embedding
 from vgkern.ops.policy_loss import PolicyLoss, policy_loss
 from vgkern.ops.token_logprobs import TokenLogprobs, token_logprobs
 
@@ -18,7 +20,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+<<<<<<< HEAD
     "GaussianAction",
+=======
+    "Divergence",
+>>>>>>> wip-embed
     "Noise",
     "NonFiniteError",
     "Objective",
@@ -28,10 +34,12 @@ __all__ = [
     "costate_scan",
     "gaussian_action",
     "group_advantages",
+    "linear_divergence",
     "linear_policy_loss",
     "linear_rollout",
     "linear_sample",
     "linear_token_logprobs",
+    "noisy_embedding",
     "policy_loss",
     "token_logprobs",
     "use_backend",

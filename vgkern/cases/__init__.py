@@ -14,10 +14,10 @@ norm of that row (rows below a hundredth of the largest count as that; a logit o
 1e-6, and its probability moves by as much). `tests/test_parity.py` holds it.
 """
 
-from vgkern.cases import continuous, logprobs, policy, sample
+from vgkern.cases import continuous, embedding, logprobs, policy, sample
 from vgkern.cases._case import FLOOR, Case
 
-_FAMILIES = (logprobs, policy, sample, continuous)
+_FAMILIES = (logprobs, policy, sample, continuous, embedding)
 
 # V off any block size, H odd, one row, zero rows, 3-D rows, each option alone, then together.
 CASES: tuple[Case, ...] = tuple(c for family in _FAMILIES for c in family.CASES)

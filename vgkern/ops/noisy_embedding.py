@@ -1,0 +1,210 @@
+"""The next input embedding, with the sampled token's gradient carried back to its distribution.
+
+    forward      x = E[token], exactly: the hard token
+    z = s(hidden weight^T + bias) / temperature
+    q = softmax((z + g) / tau)       relaxation "gumbel": g is the noise that chose the token
+    q = softmax(z)                   relaxation "expected": no noise, tau 1
+    backward     u = E dx,   dz = (1 / tau) q (u - <q, u>),   dh = dz W,   dW = dz^T h
+                 dE[token] += dx, from the hard lookup and nothing else
+
+This is straight-through, x = (onehot + q - sg(q)) sg(E) for hidden and head: the third term of the
+row gradient, the costate dx arriving through the token. E also getting q^T dx would count it twice.
+g is `Noise.gumbel`, replayed from (seed, sequence, position) and never stored: with the head,
+temperature and soft-cap of `linear_sample` it is the noise that `linear_sample` drew.
+Rows whose dx is exactly 0 are not looked at. Head and table may be one tensor: autograd adds.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgkern.ops import _check
+from vgkern.ops._backend import choose
+from vgkern.ops._library import define, once, operators
+from vgkern.ops.linear_token_logprobs import linear_inputs, linear_logits_ref
+from vgkern.ops.noise import Noise
+
+RELAXATIONS = ("gumbel", "expected")
+
+
+def noisy_embedding_ref(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    embedding: Tensor,  # [V, He]
+    tokens: Tensor,  # [N] int64
+    noise: Noise | None,  # rows [N]; None: relaxation "expected"
+    tau: float = 1.0,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    options = (noise, tau, temperature, softcap)
+    return StraightThrough.apply(hidden, weight, bias, embedding, tokens, options)
+
+
+def relaxed_embedding_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    embedding: Tensor,
+    noise: Noise | None,
+    tau: float,
+    temperature: float,
+    softcap: float,
+) -> Tensor:
+    """q E [N, He]: what the backward pass believes the forward pass computed."""
+    z = linear_logits_ref(hidden, weight, bias)
+    if softcap:
+        z = (softcap * torch.tanh(z / softcap)).where(z != -torch.inf, -torch.inf)  # still blocked
+    z = z / temperature
+    if noise is not None:
+        z = (z + noise.gumbel(weight.shape[0], z.dtype)) / tau
+    return linear_logits_ref(z.softmax(-1), embedding.T, None)
+
+
+class StraightThrough(torch.autograd.Function):
+    """E[tokens], with the gradient of `relaxed_embedding_ref` for hidden, weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        ctx.save_for_backward(*args[:5])
+        ctx.options = args[5]
+        return lookup(args[3], args[4])
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple:
+        head, (embedding, tokens) = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        noise, *scalars = ctx.options
+        live = (dx != 0).any(-1)
+        up = torch.float64 if dx.dtype == torch.float64 else torch.float32
+        grads: list[Tensor | None] = [None, None, None]
+        at = [k for k in range(3) if ctx.needs_input_grad[k]]
+        with torch.enable_grad():
+            h, w, b = (t if t is None else t.view_as(t) for t in head)  # apart from a tied table
+            noise = noise and Noise(noise.seed, noise.sequence[live], noise.position[live])
+            x = relaxed_embedding_ref(h[live], w, b, embedding, noise, *scalars)
+        if at:
+            twice = torch.is_grad_enabled()
+            wanted = [(h, w, b)[k] for k in at]
+            found = torch.autograd.grad(x, wanted, dx[live].to(x.dtype), create_graph=twice)
+            for k, g in zip(at, found, strict=True):
+                grads[k] = g
+        table = torch.zeros(embedding.shape, dtype=up, device=dx.device)
+        table = table.index_add(0, tokens, dx.to(up)).to(embedding.dtype)
+        return (*grads, table if ctx.needs_input_grad[3] else None, None, None)
+
+
+def lookup(embedding: Tensor, tokens: Tensor) -> Tensor:
+    """E[tokens]. A token outside [0, V), which only the CPU has looked for, gives a row of NaN."""
+    if tokens.device.type == "cpu":
+        return embedding[tokens]
+    safe = tokens.clamp(0, embedding.shape[0] - 1)
+    return embedding[safe].where((safe == tokens)[..., None], torch.nan)
+
+
+class NoisyEmbeddingFunction(torch.autograd.Function):
+    """The lookup, with `vgkern::noisy_embedding_bwd` behind it. Once differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        embedding: Tensor,  # [V, He]
+        tokens: Tensor,  # [N]
+        rows: tuple,  # seed, sequence [N], position [N]
+        scalars: tuple,
+    ) -> Tensor:
+        ctx.ops = operators(backend)
+        ctx.save_for_backward(hidden, weight, bias, embedding, tokens, *rows[1:])
+        ctx.seed, ctx.scalars = rows[0], scalars
+        return lookup(embedding, tokens)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dx: Tensor) -> tuple:
+        needs = list(ctx.needs_input_grad[1:5])
+        *given, sequence, position = ctx.saved_tensors
+        grads = ctx.ops.noisy_embedding_bwd(
+            *given, dx.contiguous(), ctx.seed, sequence, position, *ctx.scalars, needs
+        )
+        grads = (g if n else None for g, n in zip(grads, needs, strict=True))
+        return (None, *grads, None, None, None)
+
+
+def noisy_embedding(
+    hidden: Tensor,  # [..., H] fp32|bf16|fp16|fp64
+    weight: Tensor,  # [V, H] dtype of hidden
+    embedding: Tensor,  # [V, He]
+    tokens: Tensor,  # [...] int64
+    noise: Noise | None = None,
+    *,
+    bias: Tensor | None = None,  # [V] dtype of hidden, or fp32
+    relaxation: str = "gumbel",
+    tau: float = 1.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """E[tokens] [..., He], bit for bit; gradients to hidden, weight, bias and embedding.
+
+    For "gumbel" pass what `linear_sample` got: the same noise, bias, temperature and soft-cap. A
+    truncation (top_k, top_p, min_p) has no part in q. Formula: module docstring.
+
+    Raises ValueError / TypeError naming the argument for a wrong shape, dtype, device, token or
+    bound (temperature > 0, tau > 0), an unknown relaxation, and noise that is missing.
+    """
+    device, h2, hw = linear_inputs(hidden, weight, bias)
+    shape = hidden.shape[:-1]
+    embedding = _check.floating("embedding", embedding, 2)
+    if embedding.shape[0] != weight.shape[0] or embedding.shape[1] == 0:
+        allowed = f"[V, He] with the vocabulary of the head, V = {weight.shape[0]}, and He >= 1"
+        raise _check.fail("embedding", embedding, allowed)
+    tokens = _check.targets("tokens", tokens, shape)
+    _check.on_device(device, "hidden", embedding=embedding, tokens=tokens)
+    _check.target_range("tokens", tokens, weight.shape[0], None)
+    if relaxation not in RELAXATIONS:
+        raise _check.fail("relaxation", relaxation, " or ".join(map(repr, RELAXATIONS)))
+    expected = relaxation == "expected"
+    scalars = (_check.positive("tau", tau), _check.positive("temperature", temperature))
+    if expected and tau != 1:
+        raise _check.fail("tau", tau, "1.0 with relaxation 'expected', which has no noise to relax")
+    if not isinstance(noise, Noise) and not (expected and noise is None):
+        why = "a vgkern.Noise" + (", or None" if expected else "; None only with 'expected'")
+        raise TypeError(f"noise: got {_check.describe(noise)}; allowed: {why}")
+    y = tokens.reshape(-1).contiguous()
+    rows = (y, y) if noise is None or expected else noise.rows(shape, device)  # (y, y): not read
+    seed = 0 if noise is None else noise.seed
+    chosen = choose(backend, device, hidden.dtype, embedding.dtype)
+    cap = _check.softcap(softcap)
+    if chosen == "torch":
+        drawn = None if expected else Noise(seed, *rows)
+        out = noisy_embedding_ref(h2, hw, bias, embedding, y, drawn, *scalars, cap)
+    else:
+        signed = seed - 2**64 if seed >= 2**63 else seed  # int64 on the way down
+        e = embedding
+        e = e if e.stride(1) == 1 and e.stride(0) >= e.shape[1] else e.contiguous()
+        out = NoisyEmbeddingFunction.apply(
+            chosen, h2, hw, bias, e, y, (signed, *rows), (*scalars, cap, expected)
+        )
+    return out.view(*shape, embedding.shape[1])
+
+
+def _fake(hidden, weight, bias, embedding, *rest):  # type: ignore[no-untyped-def]
+    return tuple(
+        t.new_empty(t.shape) if n and t is not None else hidden.new_empty(0)
+        for t, n in zip((hidden, weight, bias, embedding), rest[-1], strict=True)
+    )
+
+
+define(
+    "noisy_embedding_bwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor embedding, "
+    "Tensor tokens, Tensor dx, int seed, Tensor sequence, Tensor position, float tau, "
+    "float temperature, float softcap, bool expected, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+    kernels="noisy_embedding",
+)
