@@ -139,11 +139,8 @@ def check(case, backend, dtype, layout="contiguous", seed=0):
         a, b, c = (({**x, **dx})[k] for x, dx in ((got, dgot), (plain, dplain), (truth, dtruth)))
         expected = inputs[k[1:]].dtype if k in dgot else stats
         expected = inputs["rewards"].dtype if case.op == "group_advantages" else expected
-<<<<<<< HEAD
         expected = dtype if k in AS_INPUT else expected
-=======
         expected = inputs["embedding"].dtype if k == "x" else expected
->>>>>>> wip-embed
         assert a.dtype == expected, f"{k} is {a.dtype}, not {expected}"
         if decided is not None:
             same = (plain["token"] == truth["token"]) | (k == "entropy")

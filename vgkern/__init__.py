@@ -20,11 +20,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
-<<<<<<< HEAD
-    "GaussianAction",
-=======
     "Divergence",
->>>>>>> wip-embed
+    "GaussianAction",
     "Noise",
     "NonFiniteError",
     "Objective",

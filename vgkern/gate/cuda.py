@@ -16,13 +16,12 @@ from vgkern.gate.row import Row
 from vgkern.ops import _compile, _cuda_build
 
 DYNAMIC = 48 * 1024
+FLAGS = _cuda_build._NVCC_FLAGS
+find_nvcc = _cuda_build.find_nvcc
 
 
 def sources(folder: Path = _compile.SOURCES) -> list[Path]:
     return sorted(folder.glob("*.cu"))
-
-
-find_nvcc = _cuda_build.find_nvcc
 
 
 def version(nvcc: str) -> str:
@@ -47,7 +46,7 @@ def kernels(source: Path) -> dict[str, bool]:
 def compile_source(source: Path, arch: int, nvcc: str, cache: Path) -> list[Row]:
     """One row for each kernel and each of its template instances; one row if nvcc refuses."""
     names, said = kernels(source), version(nvcc)
-    made_of = [said, str(arch), *_cuda_build._NVCC_FLAGS, source.name]
+    made_of = [said, str(arch), *FLAGS, source.name]
     made_of += [p.read_text() for p in sorted(source.parent.glob("*.[ch]*"))]
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:32]
     cubin = cache / f"{source.stem}-sm_{arch}-{key}.cubin"
@@ -55,7 +54,7 @@ def compile_source(source: Path, arch: int, nvcc: str, cache: Path) -> list[Row]
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as work:
             new = Path(work) / "out.cubin"
-            command = [nvcc, "-cubin", f"-arch=sm_{arch}", *_cuda_build._NVCC_FLAGS, "-o", str(new), str(source)]
+            command = [nvcc, "-cubin", f"-arch=sm_{arch}", *FLAGS, "-o", str(new), str(source)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 errors = [s for s in done.stderr.splitlines() if "error" in s] or [done.stderr]
