@@ -4,6 +4,7 @@ The block is as large as `__launch_bounds__` allows, which every kernel has to s
 whose size the launcher chooses counts as 48 KiB, the most that a launch gets without asking.
 """
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -54,14 +55,19 @@ def compile_source(source: Path, arch: int, nvcc: str, cache: Path) -> list[Row]
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as work:
             new = Path(work) / "out.cubin"
-            command = [nvcc, "-cubin", f"-arch=sm_{arch}", *FLAGS, "-o", str(new), str(source)]
+            command = [nvcc, "-cubin", f"-arch=sm_{arch}", *FLAGS, "-Xptxas=-v", "-o", str(new)]
+            command.append(str(source))
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 errors = [s for s in done.stderr.splitlines() if "error" in s] or [done.stderr]
                 return [Row.broken(source.name, source.name, arch, f"nvcc: {errors[0]}", said)]
+            cubin.with_suffix(".txt").write_text(done.stderr)
             new.replace(cubin)
+    spilled = _spills(cubin.with_suffix(".txt").read_text())
     rows = []
-    for mangled, resources in inspect(cubin.read_bytes(), arch, cache).items():
+    for mangled, found in inspect(cubin.read_bytes(), arch, cache).items():
+        stack, spills = found.spills + found.local, spilled.get(mangled, 0)
+        resources = dataclasses.replace(found, spills=spills, local=max(stack - spills, 0))
         name = next((n for n in names if f"{len(n)}{n}" in mangled), mangled)
         faults = [] if resources.threads else ["no __launch_bounds__"]
         rows.append(
@@ -77,6 +83,12 @@ def compile_source(source: Path, arch: int, nvcc: str, cache: Path) -> list[Row]
             )
         )
     return rows
+
+
+def _spills(said: str) -> dict[str, int]:
+    """{mangled name: bytes} of ptxas's own words, which tell a spill from an array."""
+    found = re.findall(r"properties for (\S+)\s.*? (\d+) bytes spill stores", said, flags=re.S)
+    return {name: int(count) for name, count in found}
 
 
 def _template(mangled: str) -> str:

@@ -137,8 +137,7 @@ def _linear() -> Iterator[Launch]:
 
     yield from case(LLAMA, False, 0.0, ALL)
     yield from case(SMOL, True, 30.0, ALL)
-    yield from case(HALF, False, 0.0, FROZEN_HEAD)
-    yield from case(ODD, False, 0.0, ALL)
+    yield from case(ODD, False, 0.0, FROZEN_HEAD)
     yield from case(FEW, False, 0.0, ALL)
     yield from case(FEW_ODD, False, 0.0, ALL)
 
@@ -278,6 +277,7 @@ def _continuous() -> Iterator[Launch]:
 
     yield from recurrence(64, 256, 16, False, True)
     yield from recurrence(64, 256, 64, False, False)
+    yield from recurrence(16, 256, 200, False, False)
     yield from recurrence(64, 256, 4096, True, True)
     yield from recurrence(7, 33, 5, False, False)
     yield from recurrence(7, 33, 5, True, False)
