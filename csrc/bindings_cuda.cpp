@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "launch.cuh"
@@ -142,6 +143,148 @@ void row_sample(const Tensor& logits, const OptTensor& bias, int64_t seed, const
   launch(vg_row_sample, a, logits);
 }
 
+void policy_terms(const Tensor& logp, const Tensor& advantages, const Tensor& weight,
+                  const OptTensor& old_logp, const OptTensor& ref_logp,
+                  const OptTensor& sampler_logp, const OptTensor& entropy,
+                  std::vector<double> objective, Tensor dlogp, Tensor dentropy, Tensor partial) {
+  STD_TORCH_CHECK(objective.size() == 20 && logp.dim() == 2, "vgkern: [B, T] and 20 numbers");
+  const int64_t n = logp.numel();
+  PolicyTermsArgs a{Objective(objective), logp.size(0), logp.size(1)};
+  a.logp = rows<float>(logp, n, "logp");
+  a.advantages = rows<float>(advantages, n, "advantages");
+  a.weight = rows<float>(weight, n, "row_weight");
+  a.old_logp = rows<float>(old_logp, n, "old_logp");
+  a.ref_logp = rows<float>(ref_logp, n, "ref_logp");
+  a.sampler_logp = rows<float>(sampler_logp, n, "sampler_logp");
+  a.entropy = rows<float>(entropy, n, "entropy");
+  a.dlogp = rows<float>(dlogp, n, "dlogp");
+  a.dentropy = rows<float>(dentropy, n, "dentropy");
+  a.partial = rows<double>(partial, vg_policy_blocks(&a) * kTally, "partial");
+  launch(vg_policy_terms, a, logp);
+}
+
+void policy_totals(const Tensor& partial, Tensor loss, Tensor counts) {
+  const PolicyTotalsArgs a{rows<double>(partial, partial.numel(), "partial"),
+                           partial.numel() / kTally, rows<float>(loss, 1, "loss"),
+                           rows<float>(counts, Counts::kSize, "counts")};
+  launch(vg_policy_totals, a, partial);
+}
+
+void group_advantages(const Tensor& rewards, const Tensor& ids, const Tensor& order,
+                      int64_t estimator, Tensor out) {
+  const int64_t n = rewards.numel();
+  const GroupAdvantagesArgs a{rows<double>(rewards, n, "rewards"),
+                              rows<int64_t>(ids, n, "ids"),
+                              rows<int64_t>(order, n, "order"),
+                              rows<double>(out, n, "out"),
+                              n,
+                              int(estimator)};
+  launch(vg_group_advantages, a, rewards);
+}
+
+Strided strided(const Tensor& t, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == like.size(0) && t.size(1) == like.size(1) &&
+                      t.scalar_type() == like.scalar_type(),
+                  "vgkern: ", name, " has the wrong shape or dtype");
+  return {t.data_ptr(), t.stride(0), t.stride(1)};
+}
+
+void* plain(const Tensor& t, const Tensor& like, const char* name) {
+  strided(t, like, name);
+  STD_TORCH_CHECK(t.is_contiguous(), "vgkern: ", name, " must be contiguous");
+  return t.data_ptr();
+}
+
+GaussianActionArgs gaussian(const Tensor& log_std, int64_t seed, const Tensor& sequence,
+                            const Tensor& position) {
+  GaussianActionArgs a{};
+  a.log_std = strided(log_std, log_std, "log_std");
+  a.rows = log_std.size(0);
+  a.n = log_std.size(1);
+  a.dtype = dtype_of(log_std);
+  a.noise = {seed, rows<int64_t>(sequence, a.rows, "sequence"),
+             rows<int64_t>(position, a.rows, "position")};
+  return a;
+}
+
+void gaussian_action(const Tensor& mean, const Tensor& log_std, int64_t seed,
+                     const Tensor& sequence, const Tensor& position, Tensor action, Tensor logp) {
+  GaussianActionArgs a = gaussian(log_std, seed, sequence, position);
+  a.mean = strided(mean, log_std, "mean");
+  a.action = plain(action, log_std, "action");
+  a.logp = rows<float>(logp, a.rows, "logp");
+  launch(vg_gaussian_action, a, log_std);
+}
+
+void gaussian_action_grad(const Tensor& daction, const Tensor& dlogp, const Tensor& log_std,
+                          int64_t seed, const Tensor& sequence, const Tensor& position,
+                          Tensor dmean, Tensor dlog_std) {
+  GaussianActionArgs a = gaussian(log_std, seed, sequence, position);
+  a.daction = strided(daction, log_std, "daction");
+  a.dlogp = rows<float>(dlogp, a.rows, "dlogp");
+  a.dmean = plain(dmean, log_std, "dmean");
+  a.dlog_std = plain(dlog_std, log_std, "dlog_std");
+  launch(vg_gaussian_action, a, log_std);
+}
+
+Steps steps(const OptTensor& t, const RecurrenceArgs& a, const char* name) {
+  if (!t) return {};
+  const bool timed = t->dim() == 3;
+  STD_TORCH_CHECK(t->dim() == (timed ? 3 : 2) && t->size(0) == a.batch &&
+                      (!timed || t->size(1) == a.steps) && t->size(-1) == a.n &&
+                      dtype_of(*t) == a.dtype,
+                  "vgkern: ", name, " has the wrong shape or dtype");
+  return {t->data_ptr(), t->stride(0), timed ? t->stride(1) : 0, t->stride(-1)};
+}
+
+// `out`, `last` and `dsigma` are written through their strides.
+void recurrence(const Tensor& jacobian, const Tensor& push, const Tensor& start,
+                const OptTensor& done, double gamma, bool reverse, const OptTensor& sigma,
+                int64_t seed, const OptTensor& sequence, const OptTensor& position,
+                const OptTensor& other, OptTensor out, OptTensor last, OptTensor djacobian,
+                OptTensor dsigma) {
+  RecurrenceArgs a{};
+  STD_TORCH_CHECK(push.dim() == 3, "vgkern: push must be [B, T, n]");
+  a.batch = push.size(0);
+  a.steps = push.size(1);
+  a.n = push.size(2);
+  a.dtype = dtype_of(push);
+  a.dense = jacobian.dim() == 4;
+  a.reverse = reverse;
+  STD_TORCH_CHECK((a.dense || jacobian.dim() == 3) && jacobian.size(0) == a.batch &&
+                      jacobian.size(1) == a.steps && jacobian.size(2) == a.n &&
+                      jacobian.size(-1) == a.n && dtype_of(jacobian) == a.dtype,
+                  "vgkern: jacobian has the wrong shape or dtype");
+  a.jacobian = jacobian.data_ptr();
+  for (int64_t d = 0; d < jacobian.dim(); ++d) a.jacobian_stride[d] = jacobian.stride(d);
+  a.push = steps(push, a, "push");
+  a.start = steps(start, a, "start");
+  if (done) {
+    STD_TORCH_CHECK(done->dim() == 2 && done->size(0) == a.batch && done->size(1) == a.steps &&
+                        done->scalar_type() == ScalarType::Bool,
+                    "vgkern: done must be bool [B, T]");
+    a.done = static_cast<const uint8_t*>(done->data_ptr());
+    a.done_batch = done->stride(0);
+    a.done_step = done->stride(1);
+  }
+  a.gamma = float(gamma);
+  a.sigma = steps(sigma, a, "sigma");
+  a.noise = {seed, rows<int64_t>(sequence, a.batch * a.steps, "sequence"),
+             rows<int64_t>(position, a.batch * a.steps, "position")};
+  a.other = steps(other, a, "other");
+  a.out = steps(out, a, "out");
+  a.last = steps(last, a, "last");
+  a.dsigma = steps(dsigma, a, "dsigma");
+  STD_TORCH_CHECK((!sigma && !dsigma) || (sequence && position), "vgkern: noise is missing");
+  if (djacobian) {
+    STD_TORCH_CHECK(other && djacobian->is_contiguous() && dtype_of(*djacobian) == a.dtype &&
+                        djacobian->numel() == a.batch * a.steps * a.n * (a.dense ? a.n : 1),
+                    "vgkern: djacobian has the wrong shape, dtype or strides");
+    a.djacobian = djacobian->data_ptr();
+  }
+  launch(vg_recurrence, a, push);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(vgkern_launch, m) {
@@ -158,6 +301,25 @@ STABLE_TORCH_LIBRARY(vgkern_launch, m) {
       "row_sample(Tensor logits, Tensor? bias, int seed, Tensor sequence, Tensor position, "
       "Tensor temperature, float softcap, int top_k, float top_p, float min_p, "
       "Tensor(a!) token, Tensor(b!) logp, Tensor(c!) entropy) -> ()");
+  m.def(
+      "policy_terms(Tensor logp, Tensor advantages, Tensor row_weight, Tensor? old_logp, "
+      "Tensor? ref_logp, Tensor? sampler_logp, Tensor? entropy, float[] objective, "
+      "Tensor(a!) dlogp, Tensor(b!) dentropy, Tensor(c!) partial) -> ()");
+  m.def("policy_totals(Tensor partial, Tensor(a!) loss, Tensor(b!) counts) -> ()");
+  m.def(
+      "group_advantages(Tensor rewards, Tensor ids, Tensor order, int estimator, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "gaussian_action(Tensor mean, Tensor log_std, int seed, Tensor sequence, Tensor position, "
+      "Tensor(a!) action, Tensor(b!) logp) -> ()");
+  m.def(
+      "gaussian_action_grad(Tensor daction, Tensor dlogp, Tensor log_std, int seed, "
+      "Tensor sequence, Tensor position, Tensor(a!) dmean, Tensor(b!) dlog_std) -> ()");
+  m.def(
+      "recurrence(Tensor jacobian, Tensor push, Tensor start, Tensor? done, float gamma, "
+      "bool reverse, Tensor? sigma, int seed, Tensor? sequence, Tensor? position, "
+      "Tensor? other, Tensor(a!)? out, Tensor(b!)? last, Tensor(c!)? djacobian, "
+      "Tensor(d!)? dsigma) -> ()");
 }
 
 #ifdef VG_EMULATED
@@ -168,4 +330,10 @@ STABLE_TORCH_LIBRARY_IMPL(vgkern_launch, CUDA, m) {
   m.impl("row_stats", TORCH_BOX(&row_stats));
   m.impl("row_grad", TORCH_BOX(&row_grad));
   m.impl("row_sample", TORCH_BOX(&row_sample));
+  m.impl("policy_terms", TORCH_BOX(&policy_terms));
+  m.impl("policy_totals", TORCH_BOX(&policy_totals));
+  m.impl("group_advantages", TORCH_BOX(&group_advantages));
+  m.impl("gaussian_action", TORCH_BOX(&gaussian_action));
+  m.impl("gaussian_action_grad", TORCH_BOX(&gaussian_action_grad));
+  m.impl("recurrence", TORCH_BOX(&recurrence));
 }

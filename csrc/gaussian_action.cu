@@ -14,8 +14,8 @@ struct Sum {
 
 VG_DEVICE void normal_quad(int64_t first, const NoiseRow& noise, float (&eps)[4]) {
   const Words words = philox(uint32_t(first / 4) | 0x80000000u, noise);
-  normal_pair(words, 0, eps[0], eps[1]);
-  normal_pair(words, 1, eps[2], eps[3]);
+  normal_pair(words.w[0], words.w[1], eps[0], eps[1]);
+  normal_pair(words.w[2], words.w[3], eps[2], eps[3]);
 }
 
 template <class T>
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(32 * kRows) action_grad_kernel(GaussianActionA
   const int64_t step = int64_t(gridDim.x) * kRows;
   for (int64_t i = int64_t(blockIdx.x) * kRows + threadIdx.x / 32; i < a.rows; i += step) {
     const NoiseRow noise = noise_row(a.noise.seed, a.noise.sequence[i], a.noise.position[i]);
-    T *dmean = static_cast<T*>(a.dmean) + i * a.n, *dlog_std = static_cast<T*>(a.dlog_std) + i * a.n;
+    T *dmean = static_cast<T*>(a.dmean) + i * a.n,
+      *dlog_std = static_cast<T*>(a.dlog_std) + i * a.n;
     const float dlogp = a.dlogp[i];
     for (int64_t first = 4 * lane; first < a.n; first += 128) {
       float eps[4];

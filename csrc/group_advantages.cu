@@ -69,15 +69,16 @@ __global__ void __launch_bounds__(32) groups_kernel(GroupAdvantagesArgs a) {
 }
 
 // (x - mean) / sqrt(var + 1e-8) over the batch; exactly 0 where all are equal
-__global__ void __launch_bounds__(kMaxThreads) whiten_kernel(const double* x, double* out,
-                                                             int64_t n) {
+__global__ void __launch_bounds__(kMaxThreads)
+    whiten_kernel(const double* x, double* out, int64_t n) {
   VG_SHARED(Slots<Moments>, shared);
   Moments m;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) m.add(x[i]);
   m = block_reduce(m, Moments(), shared.get());
   const double mean = m.sum / double(n);
   Total square;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) square.value += (x[i] - mean) * (x[i] - mean);
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
+    square.value += (x[i] - mean) * (x[i] - mean);
   square = block_reduce(square, Total(), reinterpret_cast<Total*>(shared.bytes));
   const double by = sqrt(square.value / double(n > 1 ? n - 1 : 1) + 1e-8);
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x)

@@ -5,6 +5,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "objective.h"
+
 namespace vgkern {
 
 enum Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
@@ -80,9 +82,9 @@ struct GaussianActionArgs {
   int dtype;
   NoiseRows noise;
   Strided mean, log_std, daction;
-  void* action;          // [N, n]
-  float* logp;           // [N]
-  const float* dlogp;    // [N]
+  void* action;            // [N, n]
+  float* logp;             // [N]
+  const float* dlogp;      // [N]
   void *dmean, *dlog_std;  // [N, n]
 };
 
@@ -95,21 +97,39 @@ struct Steps {
 struct RecurrenceArgs {
   int64_t batch, steps, n;
   int dtype, dense, reverse;
-  const void* jacobian;        // [B, T, n, n], or [B, T, n]
+  const void* jacobian;  // [B, T, n, n], or [B, T, n]
   int64_t jacobian_stride[4];
-  Steps push, start;           // [B, T, n]; [B, n]
-  const uint8_t* done;         // [B, T] or null
+  Steps push, start;    // [B, T, n]; [B, n]
+  const uint8_t* done;  // [B, T] or null
   int64_t done_batch, done_step;
   float gamma;
-  Steps sigma;                 // [B, T, n] or null: noise that is added, with `noise`
-  NoiseRows noise;             // [B T]
-  Steps out, last;             // x before every step, after the last one
-  Steps other;                 // [B, T, n]: the other factor of djacobian
-  void* djacobian;             // [B, T, n, n] or [B, T, n], contiguous, or null
-  Steps dsigma;                // x times the replayed noise
+  Steps sigma;      // [B, T, n] or null: noise that is added, with `noise`
+  NoiseRows noise;  // [B T]
+  Steps out, last;  // x before every step, after the last one
+  Steps other;      // [B, T, n]: the other factor of djacobian
+  void* djacobian;  // [B, T, n, n] or [B, T, n], contiguous, or null
+  Steps dsigma;     // x times the replayed noise
+};
+
+struct PolicyTermsArgs {
+  Objective objective;
+  int64_t sequences, width;                                                                // B, T
+  const float *logp, *advantages, *weight, *old_logp, *ref_logp, *sampler_logp, *entropy;  // [B, T]
+  float *dlogp, *dentropy;                                                                 // [B, T]
+  double* partial;  // [vg_policy_blocks, kTally]
+};
+constexpr int kTally = 13;
+
+struct PolicyTotalsArgs {
+  const double* partial;  // [blocks, kTally]
+  int64_t blocks;
+  float *loss, *counts;  // [], [Counts::kSize]
 };
 
 extern "C" {
+int64_t vg_policy_blocks(const PolicyTermsArgs*);
+int vg_policy_terms(const PolicyTermsArgs*, void* stream);
+int vg_policy_totals(const PolicyTotalsArgs*, void* stream);
 int vg_group_advantages(const GroupAdvantagesArgs*, void* stream);
 int vg_gaussian_action(const GaussianActionArgs*, void* stream);
 int vg_recurrence(const RecurrenceArgs*, void* stream);

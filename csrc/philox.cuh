@@ -49,10 +49,9 @@ VG_HOST_DEVICE float uniform(uint32_t word) {
 
 VG_HOST_DEVICE float gumbel(uint32_t word) { return -logf(-log1pf(-uniform(word))); }
 
-// The standard normals 2 pair and 2 pair + 1 of a quad; pair is 0 or 1.
-VG_HOST_DEVICE void normal_pair(const Words& words, int pair, float& even, float& odd) {
-  const float u1 = uniform(words.w[2 * pair]), u2 = uniform(words.w[2 * pair + 1]);
-  const float radius = sqrtf(-2.f * logf(u1));
+// The two standard normals of a pair of words: (0, 1) and (2, 3) of a quad.
+VG_HOST_DEVICE void normal_pair(uint32_t first, uint32_t second, float& even, float& odd) {
+  const float radius = sqrtf(-2.f * logf(uniform(first))), u2 = uniform(second);
   even = radius * cospif(2.f * u2);  // of half turns: no reduction of the argument
   odd = radius * sinpif(2.f * u2);
 }
@@ -60,8 +59,9 @@ VG_HOST_DEVICE void normal_pair(const Words& words, int pair, float& even, float
 // Standard normal number `element` of a row.
 VG_HOST_DEVICE float normal(int64_t element, const NoiseRow& r) {
   const Words words = philox(uint32_t(element / 4) | 0x80000000u, r);
+  const bool later = element & 2;
   float even, odd;
-  normal_pair(words, int(element / 2 & 1), even, odd);
+  normal_pair(later ? words.w[2] : words.w[0], later ? words.w[3] : words.w[1], even, odd);
   return element & 1 ? odd : even;
 }
 

@@ -55,7 +55,7 @@ VG_DEVICE void emit(const RecurrenceArgs& a, int64_t b, int64_t t, int64_t j, fl
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) dense_kernel(RecurrenceArgs a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) dense_kernel(RecurrenceArgs a) {
   VG_SHARED(PerThread, x_shared);
   VG_SHARED(PerThread, part_shared);
   float *x = x_shared.of, *part = part_shared.of;
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kMaxThreads) dense_kernel(RecurrenceArgs a) {
       if (me < n) emit<T>(a, b, t, me, own);
       const bool cut = a.done && a.done[b * a.done_batch + t * a.done_step];
       const float gamma = cut ? 0.f : a.gamma;
-      const T* A = static_cast<const T*>(a.jacobian) + b * a.jacobian_stride[0] +
-                   t * a.jacobian_stride[1];
+      const T* A =
+          static_cast<const T*>(a.jacobian) + b * a.jacobian_stride[0] + t * a.jacobian_stride[1];
       T* dA = a.djacobian ? static_cast<T*>(a.djacobian) + (b * a.steps + t) * n * n : nullptr;
       if (cut) {  // nothing passes; what is beyond the end may be NaN
         if (dA)

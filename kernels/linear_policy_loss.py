@@ -4,8 +4,8 @@ policy terms and the gradient, while the block is in memory once."""
 import torch
 
 from . import linear
+from . import policy_loss as policy_kernels
 from . import rows as row_kernels
-from .policy_loss import policy_terms, totals
 
 IGNORED = -100  # a row whose coefficients are 0 whatever its logits say
 
@@ -26,6 +26,7 @@ def linear_policy_loss_fwd(
     needs,
     rows=row_kernels,
 ):
+    policy = policy_kernels if rows is row_kernels else rows
     grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, IGNORED, rows)
     logp = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     beta, entropy_coef = objective[6], objective[13]
@@ -40,9 +41,9 @@ def linear_policy_loss_fwd(
         stats = rows.row_stats(logits, bias, targets[part], temperature, softcap, IGNORED)
         logp[part] = stats[0]
         tokens = (None if t is None else t[part][:, None] for t in (logp, *given))
-        c, e, partial = policy_terms(*tokens, stats[1][:, None], objective)
+        c, e, partial = policy.policy_terms(*tokens, stats[1][:, None], objective)
         partials.append(partial)
         if any(needs) and logits.shape[0]:
             grads.add(part, logits, targets[part], *stats, c[:, 0], e[:, 0])
-    loss, counts = totals(partials)
+    loss, counts = policy.totals(partials)
     return loss, logp, counts, *grads.finish(as_input=False)

@@ -9,10 +9,12 @@ emulation (tests/emulation) takes CPU tensors.
 """
 
 import ctypes
+import importlib
 import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch import Tensor
 from vgkern.ops import _cuda_build
 from vgkern.ops._compile import NativeError
 
+MOST_STATES = 512  # of a dense Jacobian: a thread each
+NO_ESTIMATOR = 3  # "none", in the order of vgkern.objectives.ESTIMATORS
 _mutex = threading.Lock()
 _outcome: bool | NativeError | None = None  # loaded (True: an emulation), or why not
 
@@ -149,9 +153,6 @@ def row_sample(
     return token, logp, entropy
 
 
-ROWS = SimpleNamespace(row_stats=row_stats, row_grad=row_grad, row_sample=row_sample)
-
-
 def _f32(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
@@ -186,3 +187,232 @@ def token_logprobs_bwd(
         logits, None, targets, logp, entropy, lse, dlogp, dentropy, None, 0, None, None, 1.0, True,
         temperature, softcap, ignore_index, out
     )  # fmt: skip
+
+
+def policy_terms(
+    logp: Tensor,  # [B, T] fp32, as are the next six
+    advantages: Tensor,
+    row_weight: Tensor,  # 0 where masked
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampler_logp: Tensor | None,
+    entropy: Tensor | None,
+    objective: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dlogp, dentropy, what each block of the kernel sums over its tokens)."""
+    b, t = logp.shape
+    row_local = objective[0] <= 1 and objective[10] < 3  # objective.h's row_local
+    blocks = -(-b * t // 1024) if row_local else b if t else 0
+    dlogp, dentropy = logp.new_empty(b, t), logp.new_empty(b, t)
+    partial = logp.new_empty(blocks, 13, dtype=torch.float64)
+    given = (logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy)
+    torch.ops.vgkern_launch.policy_terms(
+        *(_plain(x) for x in given), objective, dlogp, dentropy, partial
+    )
+    return dlogp, dentropy, partial
+
+
+def totals(partials: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(loss, counts) of everything that `policy_terms` was called on."""
+    partial = torch.cat(partials)
+    loss, counts = (partial.new_empty(s, dtype=torch.float32) for s in ((), (12,)))
+    torch.ops.vgkern_launch.policy_totals(partial, loss, counts)
+    return loss, counts
+
+
+ROWS = SimpleNamespace(
+    row_stats=row_stats, row_grad=row_grad, row_sample=row_sample, policy_terms=policy_terms,
+    totals=totals
+)  # fmt: skip
+
+
+def policy_loss_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dlogp, dentropy, partial = policy_terms(*args)
+    loss, counts = totals([partial])
+    return loss, dlogp, dentropy, counts
+
+
+def _driver(name: str) -> Any:
+    """kernels/<name>.py: chunk drivers, imported when used, since they need Triton installed."""
+    try:
+        return importlib.import_module(f"vgkern.kernels.{name}")
+    except ModuleNotFoundError as e:
+        if e.name != "triton":
+            raise
+        raise _refusal(
+            "the linear_* ops share their drivers with the triton backend, and triton is not "
+            "installed; pip install triton, or use backend='torch'"
+        ) from e
+
+
+def linear_logprobs_fwd(*args: Any) -> Any:
+    return _driver("linear_token_logprobs").linear_logprobs_fwd(*args, rows=ROWS)
+
+
+def linear_logprobs_bwd(*args: Any) -> Any:
+    return _driver("linear_token_logprobs").linear_logprobs_bwd(*args, rows=ROWS)
+
+
+def linear_policy_loss_fwd(*args: Any) -> Any:
+    return _driver("linear_policy_loss").linear_policy_loss_fwd(*args, rows=ROWS)
+
+
+def linear_sample_fwd(*args: Any) -> Any:
+    return _driver("linear_sample").linear_sample_fwd(*args, rows=ROWS)
+
+
+def noisy_embedding_bwd(*args: Any) -> Any:
+    return _driver("noisy_embedding").noisy_embedding_bwd(*args, rows=ROWS)
+
+
+def linear_divergence_fwd(*_: Any) -> Any:
+    raise _refusal("no kernels for linear_divergence; use backend='triton'")
+
+
+linear_divergence_bwd = linear_divergence_fwd
+
+
+def _refusal(why: str) -> Exception:
+    from vgkern.ops._backend import BackendError  # which imports this module
+
+    return BackendError(f"backend 'cuda': {why}")
+
+
+def group_advantages_fwd(rewards: Tensor, groups: Tensor, estimator: int) -> Tensor:
+    if estimator == NO_ESTIMATOR:
+        return rewards.clone()
+    ids, order = torch.sort(groups, stable=True)
+    out = torch.empty_like(rewards, memory_format=torch.contiguous_format)
+    torch.ops.vgkern_launch.group_advantages(rewards.contiguous(), ids, order, estimator, out)
+    return out
+
+
+def gaussian_action_fwd(
+    mean: Tensor,  # [N, n]
+    log_std: Tensor,  # [N, n]
+    seed: int,
+    sequence: Tensor,  # [N] int64
+    position: Tensor,  # [N] int64
+) -> tuple[Tensor, Tensor]:
+    action = mean.new_empty(mean.shape)
+    logp = mean.new_empty(mean.shape[0], dtype=torch.float32)
+    rows = (sequence.contiguous(), position.contiguous())
+    torch.ops.vgkern_launch.gaussian_action(mean, log_std, seed, *rows, action, logp)
+    return action, logp
+
+
+def gaussian_action_bwd(
+    daction: Tensor,  # [N, n]
+    dlogp: Tensor,  # [N] fp32
+    log_std: Tensor,  # [N, n]
+    seed: int,
+    sequence: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dmean, dlog_std = log_std.new_empty(log_std.shape), log_std.new_empty(log_std.shape)
+    rows = (sequence.contiguous(), position.contiguous())
+    torch.ops.vgkern_launch.gaussian_action_grad(
+        daction, dlogp.contiguous(), log_std, seed, *rows, dmean, dlog_std
+    )
+    return dmean, dlog_std
+
+
+def _recurrence(
+    jacobian: Tensor,  # [B, T, n, n] or [B, T, n]
+    push: Tensor,  # [B, T, n]
+    start: Tensor,  # [B, n]
+    *,
+    reverse: bool,
+    out: Tensor | None,  # [B, T, n]: x before every step
+    last: Tensor | None,  # [B, n]: x after the last
+    done: Tensor | None = None,
+    gamma: float = 1.0,
+    sigma: Tensor | None = None,
+    noise: tuple[int, Tensor | None, Tensor | None] = (0, None, None),
+    other: Tensor | None = None,
+    djacobian: Tensor | None = None,
+    dsigma: Tensor | None = None,
+) -> None:
+    n = push.shape[2]
+    if jacobian.ndim == 4 and n > MOST_STATES:
+        raise _refusal(
+            f"jacobian: got n = {n}; allowed: n <= {MOST_STATES} dense, any n diagonal; use "
+            "backend='triton'"
+        )
+    seed, sequence, position = noise
+    torch.ops.vgkern_launch.recurrence(
+        jacobian, push, start, done, gamma, reverse, sigma, seed, _plain(sequence),
+        _plain(position), other, out, last, djacobian, dsigma
+    )  # fmt: skip
+
+
+def costate_scan_fwd(
+    jacobian: Tensor, local_grad: Tensor, terminal: Tensor, done: Tensor | None, gamma: float
+) -> Tensor:
+    b, t, n = local_grad.shape
+    costates = terminal.new_empty(b, t + 1, n)
+    _recurrence(
+        jacobian, local_grad, terminal, reverse=True, out=costates[:, 1:], last=costates[:, 0],
+        done=done, gamma=gamma
+    )  # fmt: skip
+    return costates
+
+
+def costate_scan_bwd(
+    jacobian: Tensor,
+    costates: Tensor,  # [B, T + 1, n]
+    dcostates: Tensor,
+    done: Tensor | None,
+    gamma: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    mu = costates.new_empty(costates.shape)
+    djacobian = jacobian.new_empty(jacobian.shape if needs[0] else (0,))
+    _recurrence(
+        jacobian, dcostates[:, 1:], dcostates[:, 0], reverse=False, out=mu[:, :-1], last=mu[:, -1],
+        done=done, gamma=gamma, other=costates[:, 1:] if needs[0] else None,
+        djacobian=djacobian if needs[0] else None
+    )  # fmt: skip
+    return djacobian, mu
+
+
+def linear_rollout_fwd(
+    jacobian: Tensor,
+    drift: Tensor,  # [B, T, n], as sigma
+    sigma: Tensor,
+    initial: Tensor,  # [B, n]
+    seed: int,
+    sequence: Tensor,  # [B T] int64
+    position: Tensor,
+) -> Tensor:
+    b, t, n = drift.shape
+    states = initial.new_empty(b, t + 1, n)
+    _recurrence(
+        jacobian, drift, initial, reverse=False, out=states[:, :-1], last=states[:, -1],
+        sigma=sigma, noise=(seed, sequence, position)
+    )  # fmt: skip
+    return states
+
+
+def linear_rollout_bwd(
+    jacobian: Tensor,
+    sigma: Tensor,
+    states: Tensor,  # [B, T + 1, n]
+    dstates: Tensor,
+    seed: int,
+    sequence: Tensor,
+    position: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    b, _, n = sigma.shape
+    shapes = (jacobian.shape, sigma.shape, sigma.shape, (b, n))
+    grads = [jacobian.new_empty(s if k else (0,)) for s, k in zip(shapes, needs, strict=True)]
+    djacobian, ddrift, dsigma, dinitial = (
+        g if k else None for g, k in zip(grads, needs, strict=True)
+    )
+    _recurrence(
+        jacobian, dstates[:, :-1], dstates[:, -1], reverse=True, out=ddrift, last=dinitial,
+        other=states[:, :-1] if needs[0] else None, djacobian=djacobian, dsigma=dsigma,
+        noise=(seed, sequence, position)
+    )  # fmt: skip
+    return tuple(grads)
