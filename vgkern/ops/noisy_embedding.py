@@ -74,19 +74,21 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple:
-        head, (embedding, tokens) = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        saved: Any = ctx.saved_tensors
+        embedding, tokens = saved[3:]
         noise, *scalars = ctx.options
         live = (dx != 0).any(-1)
         up = torch.float64 if dx.dtype == torch.float64 else torch.float32
         grads: list[Tensor | None] = [None, None, None]
         at = [k for k in range(3) if ctx.needs_input_grad[k]]
         with torch.enable_grad():
-            h, w, b = (t if t is None else t.view_as(t) for t in head)  # apart from a tied table
+            # views: of a tensor that is head and table, only the part of the head is asked for
+            parts: Any = [t if t is None else t.view_as(t) for t in saved[:3]]
             noise = noise and Noise(noise.seed, noise.sequence[live], noise.position[live])
-            x = relaxed_embedding_ref(h[live], w, b, embedding, noise, *scalars)
+            x = relaxed_embedding_ref(parts[0][live], *parts[1:], embedding, noise, *scalars)
         if at:
             twice = torch.is_grad_enabled()
-            wanted = [(h, w, b)[k] for k in at]
+            wanted = [parts[k] for k in at]
             found = torch.autograd.grad(x, wanted, dx[live].to(x.dtype), create_graph=twice)
             for k, g in zip(at, found, strict=True):
                 grads[k] = g

@@ -1,0 +1,97 @@
+"""noisy_embedding: the backward pass behind a hard lookup.
+
+Two [chunk, V] blocks: the logits, which become their own gradient in place, and u = E dx. The
+noise is made again inside the row kernel. The table's gradient is a sum over the rows of each
+token in the order of the rows: sorted, no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import linear
+from . import rows as row_kernels
+
+
+def noisy_embedding_bwd(
+    hidden,  # [N, H]
+    weight,  # [V, H]
+    bias,  # [V] or None
+    embedding,  # [V, He]
+    tokens,  # [N] int64
+    dx,  # [N, He]
+    seed,
+    sequence,  # [N] int64, as is position; not read where `expected`
+    position,
+    tau,
+    temperature,
+    softcap,
+    expected,
+    needs,  # of hidden, weight, bias, embedding
+    rows=row_kernels,
+):
+    live = (dx != 0).any(-1)
+    grads = linear.Grads(hidden, weight, bias, needs[:3], temperature, softcap, -100, rows)
+    if any(needs[:3]):
+        for part in linear.chunks(hidden.shape[0], 2 * weight.shape[0]):
+            # a row without a costate may hold NaN, and its dz has to be 0
+            h = hidden[part].masked_fill(~live[part][:, None], 0)
+            logits = linear.mm32(h, weight.t())
+            u = linear.mm32(dx[part], embedding.t())
+            scale = None
+            if hidden.dtype == torch.float16:  # a power of two: nothing is rounded by it
+                largest = (u.abs().amax() / tau).clamp(min=1e-30)
+                scale = torch.exp2(torch.floor(torch.log2(linear.FP16_SCALE / largest)))
+                u *= scale
+            fp32 = hidden.dtype == torch.float32
+            out = logits if fp32 else torch.empty_like(logits, dtype=hidden.dtype)
+            dz = rows.row_grad(
+                logits, bias, None, None, None, None, None, None, u, seed, sequence[part],
+                position[part], tau, expected, temperature, softcap, -100, out
+            )  # fmt: skip
+            grads.products(part, dz, live[part], scale)
+    table = _table_grad(embedding, tokens, dx, live) if needs[3] else embedding.new_empty(0)
+    return (*grads.finish(as_input=True), table)
+
+
+def _table_grad(embedding, tokens, dx, live):
+    """dE [V, He]: for each token the sum of its rows of dx, in fp32, rounded once."""
+    vocab, width = embedding.shape
+    out = embedding.new_zeros(embedding.shape)
+    if dx.shape[0]:
+        known = live & (tokens >= 0) & (tokens < vocab)
+        token, row = torch.sort(tokens.masked_fill(~known, vocab), stable=True)
+        block = min(max(triton.next_power_of_2(width), 32), 1024)
+        with torch.cuda.device_of(dx):
+            _table_grad_kernel[(dx.shape[0], triton.cdiv(width, block))](
+                dx, dx.stride(0), token, row, out, dx.shape[0], vocab, width, BLOCK=block,
+                num_warps=max(block // 256, 1), enable_fp_fusion=True
+            )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["R"])
+def _table_grad_kernel(
+    dx,  # [R, H]
+    stride,
+    token,  # [R], sorted; V: none
+    row,  # [R]: where in dx
+    out,  # [V, H]
+    R,
+    V,
+    H,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(token + at)
+    before = tl.load(token + at - 1, mask=at > 0, other=-1)
+    if (y < V) & (y != before):  # the first of its token takes them all
+        total = tl.zeros([BLOCK], tl.float32)
+        here = y
+        while here == y:
+            i = tl.load(row + at)
+            total += tl.load(dx + i * stride + cols, mask=cols < H, other=0.0).to(tl.float32)
+            at += 1
+            here = tl.load(token + at, mask=at < R, other=-1)
+        tl.store(out + y * H + cols, total.to(out.dtype.element_ty), mask=cols < H)
