@@ -1,9 +1,8 @@
 """Registers, local memory, shared memory and instructions of the kernels in a cubin.
 
 Read with cuobjdump and nvdisasm, which come with Triton. What the tools do not say plainly:
-- spilled registers are counted in STACK, and LOCAL stays 0; an array that could not be kept in
-  registers is there too. What is addressed from the stack pointer R1 is taken for a spill, the
-  rest for an array.
+- spilled registers are counted in STACK, as are arrays that could not be kept in registers, and
+  LOCAL stays 0; STACK may also be reserved and not used. Only ptxas's own log tells them apart.
 - from sm_90 on SHARED holds the 1 KiB that the system reserves.
 - counts of instructions are static: the body of a loop counts once; padding is counted out.
 """
@@ -24,9 +23,8 @@ from vgkern.gate.arch import RESERVED
 
 _TENSOR = re.compile(r"[HIQBD]GMMA|UTC\w*MMA|[HIQDO]MMA")  # wgmma, tcgen05, mma.sync
 _COPIES = {"LDGSTS": "cp.async", "UTMALDG": "tma", "UTMASTG": "tma", "UBLKCP": "bulk"}
-_LOCAL = re.compile(r"^(LDL|STL)\b")
 _INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w:]+)*)(.*?);", re.M
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w:]+)*)", re.M
 )
 
 
@@ -35,8 +33,7 @@ class Resources:
     """Of one kernel."""
 
     registers: int  # per thread
-    spills: int  # bytes per thread
-    local: int  # bytes per thread of arrays in local memory
+    stack: int  # bytes per thread of local memory that is used: spills and arrays
     shared: int  # bytes per block, static
     threads: int  # most per block, of __launch_bounds__; 0: not said
     tensor: dict[str, int]  # tensor-core instructions
@@ -89,31 +86,34 @@ def _resources(line: str, body: str, arch: int, threads: int) -> Resources:
     usage = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
     tensor: collections.Counter[str] = collections.Counter()
     loads: collections.Counter[str] = collections.Counter()
-    spilled, arrays, count = False, False, 0
-    for opcode, operands in _INSTRUCTION.findall(body):
+    local, count = False, 0
+    for opcode in _INSTRUCTION.findall(body):
         base, *parts = opcode.split(".")
         count += base != "NOP"
         if _TENSOR.fullmatch(base):
             tensor[base] += 1
-        elif _LOCAL.match(base):
-            stack = "[R1]" in operands or "[R1+" in operands
-            spilled, arrays = spilled or stack, arrays or not stack
+        elif base in ("LDL", "STL"):
+            local = True
         elif base == "LDG":
             widths = [p.removeprefix("U").removeprefix("S") for p in parts]
             loads[next((w for w in widths if w in ("256", "128", "64", "16", "8")), "32")] += 1
         elif base in _COPIES:
             loads[_COPIES[base]] += 1
-    stack_bytes = usage["STACK"]
     return Resources(
         registers=usage["REG"],
-        spills=stack_bytes if spilled else 0,
-        local=stack_bytes if arrays and not spilled else 0,
+        stack=usage["STACK"] if local else 0,
         shared=max(0, usage["SHARED"] - (RESERVED if arch >= 90 else 0)),
         threads=threads,
         tensor=dict(tensor),
         loads=dict(loads),
         instructions=count,
     )
+
+
+def spills(said: str) -> dict[str, int]:
+    """{mangled name: bytes per thread} from the log of `ptxas -v`."""
+    found = re.findall(r"properties for (\S+)\s.*? (\d+) bytes spill stores", said, flags=re.S)
+    return {name: int(count) for name, count in found}
 
 
 def _bounds(elf: str) -> dict[str, int]:

@@ -4,7 +4,6 @@ The block is as large as `__launch_bounds__` allows, which every kernel has to s
 whose size the launcher chooses counts as 48 KiB, the most that a launch gets without asking.
 """
 
-import dataclasses
 import hashlib
 import re
 import shutil
@@ -12,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from vgkern.gate.cubin import inspect
+from vgkern.gate.cubin import inspect, spills
 from vgkern.gate.row import Row
 from vgkern.ops import _compile, _cuda_build
 
@@ -63,11 +62,9 @@ def compile_source(source: Path, arch: int, nvcc: str, cache: Path) -> list[Row]
                 return [Row.broken(source.name, source.name, arch, f"nvcc: {errors[0]}", said)]
             cubin.with_suffix(".txt").write_text(done.stderr)
             new.replace(cubin)
-    spilled = _spills(cubin.with_suffix(".txt").read_text())
+    spilled = spills(cubin.with_suffix(".txt").read_text())
     rows = []
-    for mangled, found in inspect(cubin.read_bytes(), arch, cache).items():
-        stack, spills = found.spills + found.local, spilled.get(mangled, 0)
-        resources = dataclasses.replace(found, spills=spills, local=max(stack - spills, 0))
+    for mangled, resources in inspect(cubin.read_bytes(), arch, cache).items():
         name = next((n for n in names if f"{len(n)}{n}" in mangled), mangled)
         faults = [] if resources.threads else ["no __launch_bounds__"]
         rows.append(
@@ -77,18 +74,13 @@ def compile_source(source: Path, arch: int, nvcc: str, cache: Path) -> list[Row]
                 arch=arch,
                 compiler=said,
                 resources=resources,
+                spills=spilled[mangled],
                 warps=-(-(resources.threads or 1024) // 32),
                 shared=DYNAMIC if names.get(name) else 0,
                 faults=faults,
             )
         )
     return rows
-
-
-def _spills(said: str) -> dict[str, int]:
-    """{mangled name: bytes} of ptxas's own words, which tell a spill from an array."""
-    found = re.findall(r"properties for (\S+)\s.*? (\d+) bytes spill stores", said, flags=re.S)
-    return {name: int(count) for name, count in found}
 
 
 def _template(mangled: str) -> str:

@@ -7,6 +7,7 @@ being launched. A launcher that reads a value from the GPU cannot do that here: 
 """
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,14 +18,16 @@ from unittest import mock
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from vgkern.gate.arch import ARCHS
-from vgkern.gate.cubin import inspect
+from vgkern.gate.cubin import inspect, spills
 from vgkern.gate.row import Row
 
 GRID = (2**31 - 1, 65535, 65535)
@@ -178,6 +181,7 @@ def _compile(item: Compile, arch: int, cache: Path | None) -> Row:
         arch=arch,
         compiler=f"triton {triton.__version__}",
         resources=resources,
+        spills=_spills(made.asm["ptx"], item.options, arch) if resources.stack else 0,
         shared=made.metadata.shared,
         warps=made.metadata.num_warps,
         columns=getattr(made.metadata, "tmem_size", 0) or 0,
@@ -185,6 +189,15 @@ def _compile(item: Compile, arch: int, cache: Path | None) -> Row:
         halves=item.halves,
         faults=faults,
     )
+
+
+def _spills(ptx: str, options: dict[str, Any], arch: int) -> int:
+    """Bytes per thread, from the log of Triton's own call of ptxas."""
+    backend: Any = make_backend(GPUTarget("cuda", arch, 32))
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as said:
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(ptx, {}, backend.parse_options(options), arch)
+    return max(spills(said.getvalue()).values())
 
 
 _DOT = re.compile(r"tt\.dot(?:_scaled)? .*?: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>")

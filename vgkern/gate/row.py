@@ -51,6 +51,7 @@ class Row:
         arch: int,
         compiler: str,
         resources: Resources,
+        spills: int,  # bytes per thread
         warps: int,
         shared: int = 0,  # dynamic, beyond what the cubin says
         columns: int = 0,  # of tensor memory
@@ -61,8 +62,8 @@ class Row:
         r, total = resources, resources.shared + shared
         fits = occupancy(arch, r.registers, total, warps, columns)
         row = Row(
-            kernel, launch, arch, compiler, r.registers, r.spills, r.local, total, warps,
-            fits.blocks, fits.share, fits.limited_by, r.tensor, r.loads, dots or [],
+            kernel, launch, arch, compiler, r.registers, spills, max(r.stack - spills, 0), total,
+            warps, fits.blocks, fits.share, fits.limited_by, r.tensor, r.loads, dots or [],
         )  # fmt: skip
         row.problems = [*(faults or []), *_memory(row), *_occupancy(row, fits)]
         row.problems += _tensor_cores(row) if dots and halves else []
