@@ -41,7 +41,7 @@ class Grads:
             self.dhidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
 
     def add(self, part, logits, targets, logp, entropy, lse, c, e):
-        """The rows `part`, from their logits (which are overwritten) and statistics, all [chunk]."""
+        """The rows `part`, from their logits (overwritten) and statistics, each [chunk]."""
         dtype = self.hidden.dtype
         out = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
         live = (c != 0) | (e != 0)

@@ -32,7 +32,7 @@ def linear_sample_fwd(
             top_k,
             top_p,
             min_p,
-        )  # fmt: skip
+        )
         for part in linear.chunks(hidden.shape[0], weight.shape[0])
     ]
     if not parts:

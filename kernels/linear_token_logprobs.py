@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import linear
 from . import rows as row_kernels
-from .rows import INF, added, finish, raised, softcapped
+from .logits import INF, added, finish, flat, raised, softcapped
 
 SPAN = 1024  # columns per program, a multiple of every config's N
 # (rows, columns, depth, warps, stages) of a tile. Shared memory is stages * (rows + columns) *
@@ -20,6 +20,7 @@ SPAN = 1024  # columns per program, a multiple of every config's N
 CONFIGS = {
     (2, "few"): (64, 128, 64, 4, 4),
     (2, "many"): (128, 128, 64, 8, 3),
+    (2, "odd"): (64, 64, 32, 8, 2),  # H off 16: scalar loads; the larger tiles spill
     (4, "few"): (32, 64, 32, 4, 3),
     (4, "many"): (64, 64, 32, 4, 3),
 }
@@ -45,7 +46,7 @@ def linear_logprobs_fwd(
             temperature,
             softcap,
             ignore_index,
-        )  # fmt: skip
+        )
         for part in linear.chunks(hidden.shape[0], weight.shape[0])
     ]
     if not parts:
@@ -69,9 +70,7 @@ def linear_logprobs_bwd(
     needs,
     rows=row_kernels,
 ):
-    grads = linear.Grads(
-        hidden, weight, bias, needs, temperature, softcap, ignore_index, rows
-    )  # fmt: skip
+    grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, ignore_index, rows)
     if any(needs):
         alive = (targets != ignore_index) & (logp != -torch.inf)
         c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
@@ -96,10 +95,10 @@ def _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index
     precision = "ieee" if hidden.dtype == torch.float32 else None
     with torch.cuda.device_of(hidden):
         _linear_stats_kernel[(blocks * spans,)](
-            hidden, hidden.stride(0), weight, weight.stride(0), bias, targets, state, count, vocab,
-            hidden.shape[1], blocks, 1 / temperature, softcap, ignore_index, SOFTCAP=softcap != 0,
-            WHOLE=hidden.shape[1] % k == 0, PRECISION=precision, M=m, N=n, K=k, SPAN=SPAN,
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True
+            hidden, hidden.stride(0), weight, weight.stride(0), flat(bias), targets, state, count,
+            vocab, hidden.shape[1], blocks, 1 / temperature, softcap, ignore_index,
+            SOFTCAP=softcap != 0, WHOLE=hidden.shape[1] % k == 0, PRECISION=precision, M=m, N=n,
+            K=k, SPAN=SPAN, num_warps=warps, num_stages=stages, enable_fp_fusion=True
         )  # fmt: skip
         _combine_kernel[(triton.cdiv(count, 128),)](
             state, targets, logp, entropy, lse, count, vocab, spans, ignore_index, BLOCK=128,
@@ -110,7 +109,10 @@ def _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index
 
 def config(count, vocab, width, element_size):
     """The tile for this problem: one of CONFIGS, no wider than the problem itself."""
-    m, n, k, warps, stages = CONFIGS[element_size, "few" if count <= 64 else "many"]
+    kind = "few" if count <= 64 else "many"
+    if element_size == 2 and width % 16:
+        kind = "odd"
+    m, n, k, warps, stages = CONFIGS[element_size, kind]
     n = min(n, max(triton.next_power_of_2(vocab), 16))
     k = min(k, max(triton.next_power_of_2(width), 16))
     return m, n, k, warps, stages

@@ -114,7 +114,7 @@ def ratio_part(own, a, k, RATIO: tl.constexpr):
 def correction_weight(gap, k, FIX: tl.constexpr):
     """exp(old - sampler), truncated or masked, from the log of a token or the sum of a sequence."""
     w = libdevice.exp(clamped(gap))
-    if FIX == TOKEN_TRUNCATE or FIX == SEQUENCE_TRUNCATE:
+    if FIX == TOKEN_TRUNCATE or FIX == SEQUENCE_TRUNCATE:  # noqa: SIM109
         return at_most(at_least(w, k.sampler_min), k.sampler_max)
     else:
         return tl.where((w >= k.sampler_min) & (w <= k.sampler_max), w, 0.0)
@@ -230,10 +230,9 @@ def token_loss(
         d = sequence_d + own * 0
     r = libdevice.exp(clamped(d))
     through: tl.constexpr = RATIO > TOKEN and RATIO != SEQUENCE_TOKEN
-    if through:  # blocked tokens are left out when the slope is spread
-        dr = tl.where(inside(d), r, 0.0)
-    else:
-        dr = tl.where(inside(d) & possible, r, 0.0)
+    # blocked tokens are left out when the slope is spread
+    moves = inside(d) if through else inside(d) & possible
+    dr = tl.where(moves, r, 0.0)
     value, along, slope, low, high, dual = surrogate_loss(
         lp, own, a, d, r, dr, mismatch, k, RATIO, SURROGATE, DUAL, DELTA
     )
@@ -247,10 +246,9 @@ def token_loss(
     if ref is not None:
         kl, dkl = kl_loss(log_ratio(ref, lp), KL, KL_STRAIGHT)
         if BETA:
-            own_ratio: tl.constexpr = RATIO == SEQUENCE_SUM or RATIO == GEOMETRIC
             by = kl * 0 + k.beta
             if KL_RATIO:
-                if own_ratio:
+                if RATIO == SEQUENCE_SUM or RATIO == GEOMETRIC:  # noqa: SIM109
                     by = k.beta * libdevice.exp(clamped(own))
                     slope += tl.where(possible & inside(own), by * kl, 0.0)
                 else:

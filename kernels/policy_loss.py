@@ -11,11 +11,10 @@ import triton.language as tl
 
 from . import objective
 from .objective import (
-    GEOMETRIC,
     INF,
     NO_FIX,
-    SEQUENCE,
     SEQUENCE_SUM,
+    SEQUENCE_TOKEN,
     TOKEN,
     log_ratio,
     mismatch_part,
@@ -173,7 +172,7 @@ def _sequence_kernel(
     FIX: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    through: tl.constexpr = RATIO == SEQUENCE or RATIO == SEQUENCE_SUM or RATIO == GEOMETRIC
+    through: tl.constexpr = RATIO > TOKEN and RATIO != SEQUENCE_TOKEN
     length = tl.zeros([BLOCK], tl.float32)
     ratio = tl.zeros([BLOCK], tl.float32)
     gap = tl.zeros([BLOCK], tl.float32)

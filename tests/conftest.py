@@ -32,6 +32,15 @@ def emulate_cuda() -> None:
         pytest.skip(f"the CUDA kernels cannot be emulated: {why}")
     os.environ["VGKERN_CUDA_LIBRARY"] = str(emulation.build())
 
+if INTERPRETED:  # before any kernel is imported
+    import interpreter
+
+    interpreter.repair()
+
+    from vgkern.kernels import logits
+
+    logits.MAX_BLOCK = 512  # so that a row takes several blocks
+
 
 def skip_unless_runs(backend: str) -> None:
     if backend == "cuda":

@@ -1,0 +1,84 @@
+"""What kernels over logits share: z of a row, its running softmax sums, and what they end as.
+
+z = s(x + bias) / temperature with s the soft-cap; x = -inf stays -inf. Statistics are fp32, and the
+target is kept out of the sums.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+INF = tl.constexpr(float("inf"))
+MAX_BLOCK = 4096  # columns at a time
+
+
+def launch(columns, per_thread=16):
+    """Block and warps for rows of this many columns. A thread has at least one column of its own:
+    two warps that hold the same element would race in a gradient made in place."""
+    block = min(max(triton.next_power_of_2(columns), 128), MAX_BLOCK)
+    warps = max(block // (32 * per_thread), 1)
+    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+
+
+def flat(bias):
+    """A bias of unit stride, or None."""
+    return None if bias is None else bias.contiguous()
+
+
+@triton.jit
+def softcapped(x, softcap, SOFTCAP: tl.constexpr):
+    """(s(x), s'(x)); a blocked x stays blocked, with slope 0."""
+    if SOFTCAP:
+        t = libdevice.tanh(x / softcap)
+        return tl.where(x == -INF, -INF, softcap * t), 1 - t * t
+    else:
+        return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def load_z(row, bias, cols, V, scale, softcap, SOFTCAP: tl.constexpr):
+    """z and the soft-cap's slope at `cols` of one row; z is -inf past the end."""
+    inside = cols < V
+    x = tl.load(row + cols, mask=inside, other=-INF).to(tl.float32)
+    if bias is not None:
+        x += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)
+    x, slope = softcapped(x, softcap, SOFTCAP)
+    return x * scale, slope
+
+
+@triton.jit
+def raised(top, peak, total, dot):
+    """Sums exp(z - top) and (z - top) exp(z - top) moved from maximum `top` to `peak` >= top."""
+    shift = tl.where(top == peak, 0.0, tl.where(top == -INF, 0.0, top - peak))
+    k = tl.where(top == -INF, 0.0, tl.exp(shift))
+    return total * k, (dot + total * shift) * k
+
+
+@triton.jit
+def added(z, top, total, dot):
+    """The running sums with `z` in them; all of z <= top."""
+    d = z - tl.where(top == -INF, 0.0, top)
+    p = tl.exp(d)
+    return total + p, dot + p * tl.where(d < -1e30, 0.0, d)
+
+
+@triton.jit
+def finish(target, top, total, dot, here):
+    """(logp, entropy, lse) of a row from its target and the sums over the *other* columns, so that
+    a gap of 30 nats keeps the 1e-13 of the others. `here` false: no target among the columns."""
+    target = tl.where(here, target, -INF)
+    bad = (total != total) | (target != target) | (target == INF) | (top != top) | (top == INF)
+    first = target >= top  # the target leads: log1p
+    peak = tl.where(first, target, top)
+    anchor = tl.where(peak == -INF, 0.0, peak)
+    others = total * libdevice.exp(top - anchor)  # relative to the peak
+    dot = tl.where(top == -INF, 0.0, (dot + total * (top - anchor)) * libdevice.exp(top - anchor))
+    own = libdevice.exp(target - anchor)
+    own_dot = tl.where(target == -INF, 0.0, own * (target - anchor))
+    log_sum = tl.where(first, libdevice.log1p(others), libdevice.log(others + own))
+    lse = tl.where(peak == -INF, -INF, peak + log_sum)
+    logp = tl.where(target == -INF, -INF, target - anchor - log_sum)
+    logp = tl.where(here, logp, -lse)
+    entropy = tl.where(peak == -INF, 0.0, log_sum - (dot + own_dot) / (others + own))
+    nan = float("nan")
+    return tl.where(bad, nan, logp), tl.where(bad, nan, entropy), tl.where(bad, nan, lse)
