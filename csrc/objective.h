@@ -71,8 +71,7 @@ VG_HD inline float own_log_ratio(const Token& t) { return log_ratio(t.logp, t.ol
 // 1. What a token adds to the sums of its sequence -----------------------------------------------
 
 VG_HD inline float ratio_part(const Token& t, const Objective& o) {
-  const float own = own_log_ratio(t);
-  if (o.ratio == kSequenceSum) return clamped(own);
+  const float own = clamped(own_log_ratio(t));
   if (o.ratio != kGeometric) return own;
   return t.advantage > 0.f ? at_most(own, o.clip_high) : at_least(own, -o.clip_low);
 }
@@ -88,7 +87,7 @@ VG_HD inline float correction_weight(float gap, const Objective& o) {
 VG_HD inline float mismatch_part(const Token& t, const Objective& o) {
   if (!t.has_sampler || o.correction == kNoFix) return 0.f;
   const float gap = log_ratio(t.old, t.sampler);
-  if (o.surrogate != kVespo) return gap;
+  if (o.surrogate != kVespo) return clamped(gap);
   return between(std::log(correction_weight(gap, o)), kLogTiny, kClamp);
 }
 
@@ -222,7 +221,8 @@ VG_HD inline TokenLoss token_loss(const Token& t, const Sequence& seq, const Obj
   const float r = std::exp(clamped(d));
   // Sequence slopes leave the blocked tokens out when they are spread.
   const bool through = shared && o.ratio != kSequenceToken;
-  const float dr = inside(d) && (possible || through) ? r : 0.f;
+  const bool moves = through || (possible && inside(own));
+  const float dr = inside(d) && moves ? r : 0.f;
   Surrogated s = surrogate_loss(t, d, r, dr, seq, o);
   double fix = 1, value, along_d, slope;
   if (t.has_sampler && o.correction != kNoFix && o.surrogate != kVespo)
@@ -256,7 +256,8 @@ VG_HD inline TokenLoss token_loss(const Token& t, const Sequence& seq, const Obj
 VG_HD inline float ratio_share(const Token& t, const Sequence& seq, const Objective& o) {
   if (t.logp == -INFINITY || o.ratio <= kToken || o.ratio == kSequenceToken) return 0.f;
   const float own = own_log_ratio(t);
-  if (o.ratio == kSequenceSum) return inside(own) ? 1.f : 0.f;
+  if (!inside(own)) return 0.f;
+  if (o.ratio == kSequenceSum) return 1.f;
   if (o.ratio == kSequence) return seq.inverse_length;
   const bool free = t.advantage > 0.f ? own <= o.clip_high : own >= -o.clip_low;
   return free ? seq.inverse_length : 0.f;

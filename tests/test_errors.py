@@ -99,7 +99,7 @@ BAD = {
     "reward inf": (
         adv(torch.tensor([0, 1, torch.inf]), 0 * Y), vgkern.NonFiniteError, "rewards", "inf at 2"),
     # policy_loss
-    "objective": (pol(LP, A, objective="ppo"), E, "objective: got 'ppo'", "grpo", "Objective"),
+    "objective": (pol(LP, A, objective="nope"), E, "objective: got 'nope'", "grpo", "Objective"),
     "objective a number": (pol(LP, A, objective=3), E, "objective: got 3"),
     "advantages shape": (pol(LP, f(3)), E, "advantages", "[3]", "[2], [2, 1], [2, 3]"),
     "advantages chunked": (pol(LP, f(1, 3)), E, "advantages", "[1, 3]", "[2, 3]"),
@@ -161,7 +161,7 @@ BAD = {
     "clip_low": (lambda: Objective(clip_low=1.5), E, "objective.clip_low: got 1.5", "<= 1"),
     "clip_high": (lambda: Objective(clip_high=-0.1), E, "objective.clip_high: got -0.1", ">= 0"),
     "beta": (lambda: Objective(beta=-1), E, "objective.beta: got -1", ">= 0"),
-    "kl": (lambda: Objective(kl="k4"), E, "objective.kl: got 'k4'", "k1, k2, k3, abs"),
+    "kl": (lambda: Objective(kl="k4"), E, "objective.kl: got 'k4'", "k1, k2, k3, k3_clamped, abs"),
     "reduction": (lambda: Objective(reduction="mean"), E, "objective.reduction", "token, seq"),
     "dual_clip": (lambda: Objective(dual_clip=0.5), E, "objective.dual_clip: got 0.5", "> 1"),
     "max_length": (lambda: Objective(max_length=0), E, "objective.max_length: got 0", "> 0"),

@@ -1,13 +1,14 @@
 """An objective is one frozen record of orthogonal knobs; algorithms are presets of it.
 
 Per token, with own = logp - old_logp, its advantage A, and r = exp(clamp(d, +-20)); all formulas as
-the field writes them (what others call each: docs/objectives.md). `ratio` says what d is:
+the field writes them (what others call each: docs/objectives.md). `ratio` says what d is, where a
+sequence takes clamp(own, +-20) of its tokens:
 
     "none", "token"   own
-    "sequence"        mean of own over the sequence (GSPO)
-    "sequence_sum"    sum of clamp(own, +-20) (TRL's RLOO, VESPO)
-    "sequence_token"  that mean as a value, own's gradient (GSPO-token)
-    "geometric"       mean of own clipped at clip_high where A > 0, at -clip_low elsewhere (GMPO)
+    "sequence"        their mean (GSPO)
+    "sequence_sum"    their sum (TRL's RLOO, VESPO)
+    "sequence_token"  that mean as a value, the token's own gradient (GSPO-token)
+    "geometric"       mean, each cut at clip_high where A > 0, at -clip_low elsewhere (GMPO)
 
 `surrogate`, with c = clip(r, 1 - clip_low, 1 + clip_high) and sg = no gradient:
 

@@ -28,8 +28,8 @@ _CXX_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall"]
 
 
 def source_files(folder: Path) -> list[Path]:
-    """Everything that the library is made from (objective.h is shared with the CPU library)."""
-    named = [folder / BINDING, *folder.glob("*.cu"), *folder.glob("*.cuh"), *folder.glob("*.h")]
+    """Everything that the library is made from; objective.h is shared with the CPU library."""
+    named = [folder / BINDING, folder / "objective.h", *folder.glob("*.cu"), *folder.glob("*.cuh")]
     return sorted(p for p in named if p.is_file())
 
 

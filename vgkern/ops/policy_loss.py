@@ -3,9 +3,9 @@
     loss = sum_i w_i l_i,   l = surrogate + beta KL - entropy_coef * entropy
     w_i  = mask_i / (denominator of the objective's reduction, or `normalizer`)
 
-The log-ratio is selected by the mask before exp and clamped to +-20, so a masked or far-off token
-makes neither NaN nor a gradient; a token of probability 0 has no score. The sampler correction
-scales the surrogate only. Formulas: `vgkern.objectives`. No collectives: pass the global
+Log-ratios are selected by the mask and clamped to +-20 before exp or a sum, so a masked or far-off
+token makes neither NaN nor a gradient; a token of probability 0 has no score. The sampler
+correction scales the surrogate only. Formulas: `vgkern.objectives`. No collectives: pass the global
 `normalizer` (tokens for "token", sequences for "seq" and "seq_sum", sequences times max_length for
 "fixed") and micro-batches, accumulation and ranks give the same gradient.
 """
@@ -78,9 +78,9 @@ def _log_ratio(own: Tensor, a: Tensor, m: Tensor, o: Objective) -> Tensor:
     """What r is formed of, from each token's own log-ratio (0 where masked)."""
     if o.ratio in ("none", "token"):
         return own
-    n = m.sum(-1, keepdim=True).clamp(min=1)
+    own, n = own.clamp(-CLAMP, CLAMP), m.sum(-1, keepdim=True).clamp(min=1)
     if o.ratio == "sequence_sum":
-        return own.clamp(-CLAMP, CLAMP).sum(-1, keepdim=True).expand_as(own)
+        return own.sum(-1, keepdim=True).expand_as(own)
     if o.ratio == "geometric":
         own = torch.where(a > 0, own.clamp(max=o.clip_high), own.clamp(min=-o.clip_low))
     mean = (own.sum(-1, keepdim=True) / n).expand_as(own)
@@ -124,7 +124,7 @@ def _phi(d: Tensor, a: Tensor, fix: Tensor, o: Objective) -> Tensor:
 def _correction(gap: Tensor, o: Objective) -> Tensor:
     """Weight exp(old - sampler) against sampler/trainer mismatch, truncated or masked; detached."""
     if o.sampler_correction.startswith("sequence"):
-        gap = gap.sum(-1, keepdim=True)
+        gap = gap.clamp(-CLAMP, CLAMP).sum(-1, keepdim=True)
     w = gap.detach().clamp(-CLAMP, CLAMP).exp()
     if o.sampler_correction.endswith("truncate"):
         return w.clamp(o.sampler_min, o.sampler_max)
