@@ -221,6 +221,6 @@ def recurrence(
         *strides(sigma, 3), *strides(out, 3)[:2], *strides(last, 2)[:1], drows, dcols,
         REVERSE=reverse, DONE=done is not None, NOISE=sigma is not None, OUT=out is not None,
         LAST=last is not None, OUTER=djacobian is not None, DSIGMA=dsigma is not None,
-        BLOCK=block, num_warps=4 if block * block >= 1024 and dense else 1,
+        BLOCK=block, num_warps=max(1, block * block // 512) if dense else 1,
         enable_fp_fusion=True,
     )  # fmt: skip
