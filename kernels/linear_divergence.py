@@ -13,7 +13,7 @@ from triton.language.extra import libdevice
 
 from . import linear
 from . import rows as row_kernels
-from .rows import INF, added, finish, launch, raised
+from .logits import INF, added, finish, launch, raised
 
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)

@@ -85,7 +85,8 @@ class StraightThrough(torch.autograd.Function):
             # views: of a tensor that is head and table, only the part of the head is asked for
             parts: Any = [t if t is None else t.view_as(t) for t in saved[:3]]
             noise = noise and Noise(noise.seed, noise.sequence[live], noise.position[live])
-            x = relaxed_embedding_ref(parts[0][live], *parts[1:], embedding, noise, *scalars)
+            given: tuple = (parts[0][live], *parts[1:], embedding, noise, *scalars)
+            x = relaxed_embedding_ref(*given)
         if at:
             twice = torch.is_grad_enabled()
             wanted = [parts[k] for k in at]
