@@ -70,7 +70,7 @@ def cuda_rows(nvcc: str, archs: Iterable[int]) -> list[Row]:
     """Every kernel of csrc/*.cu for each architecture."""
     work = [(source, arch) for arch in archs for source in cuda.sources()]
     with ThreadPoolExecutor(JOBS) as pool:
-        made = pool.map(lambda w: cuda.compile_source(*w, nvcc, cache() / "cuda"), work)
+        made = pool.map(lambda w: cuda.compile_source(w[0], w[1], nvcc, cache() / "cuda"), work)
         return [row for rows in made for row in rows]
 
 
