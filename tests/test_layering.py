@@ -12,7 +12,7 @@ RANK = {
     "ops._backend": 3,
     "ops": 4,
     "": 5, "nn": 5, "costate": 5, "case_inputs": 5, "cases": 5,
-    "bench": 6, "train": 6,
+    "bench": 6, "gate": 6, "train": 6,
     "integrations": 7, "__main__": 8,
 }  # fmt: skip
 CODE_RUNNING_IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

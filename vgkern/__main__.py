@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given and given[0] in COMMANDS:  # the rest belongs to the command, --help included
         given, rest = given[:1], given[1:]
     command = parser.parse_args(given).command
+    if command == "doctor":
+        return doctor(rest)
     return train(rest) if command == "train" else native(command, rest)
 
 
@@ -68,6 +70,25 @@ def native(command: str, arguments: list[str]) -> int:
         print(f"vgkern {command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def doctor(arguments: list[str]) -> int:
+    from vgkern.gate.arch import ARCHS, DEFAULT
+
+    parser = argparse.ArgumentParser(prog="python -m vgkern doctor", description=COMMANDS["doctor"])
+    parser.add_argument(
+        "--kernels", action="store_true", help="compile every GPU kernel, with or without a GPU"
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=ARCHS, default=DEFAULT, help="with --kernels: sm_..."
+    )
+    parser.add_argument("--json", metavar="FILE", help="with --kernels: the table as JSON too")
+    given = parser.parse_args(arguments)
+    if not given.kernels:
+        return native("doctor", [])
+    from vgkern.gate.doctor import report
+
+    return report(given.arch, given.json)
 
 
 if __name__ == "__main__":
