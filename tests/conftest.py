@@ -43,6 +43,13 @@ if INTERPRETED:  # before any kernel is imported
     logits.MAX_BLOCK = 512  # so that a row takes several blocks
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 def skip_unless_runs(backend: str) -> None:
     if backend == "cuda":
         emulate_cuda()

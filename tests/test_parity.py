@@ -13,7 +13,7 @@ from oracle import EAGER, LAYOUTS, MUTATIONS, check, dtypes
 
 import vgkern
 from vgkern import cases
-from vgkern.ops import _library
+from vgkern.ops import _backend, _library
 
 GRID = [
     pytest.param(c, b, d, id=f"{c}-{b}-{str(d).removeprefix('torch.')}")
@@ -27,6 +27,20 @@ GRID = [
 def test_parity(case, backend, dtype):
     conftest.skip_unless_runs(backend)
     check(case, backend, dtype)
+
+
+ON_GPU = [(c, b, d) for c in cases.CASES for b in ("torch", "triton", "cuda") for d in dtypes(c, b)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "backend", "dtype"), ON_GPU, ids=str)
+def test_parity_on_a_gpu(case, backend, dtype):
+    why = _backend._missing(backend, torch.device("cuda")) if backend != "torch" else None
+    if why:
+        pytest.skip(f"backend {backend}: {why}")
+    if (case.op, backend) == ("linear_divergence", "cuda"):
+        pytest.skip("linear_divergence has no CUDA kernels; triton has them")
+    check(case, backend, dtype, device="cuda")
 
 
 # One case per op and layout; dtypes add nothing to strides.
