@@ -60,9 +60,10 @@ def policy_terms(
     count = width if local else min(width, logp.numel())
     with torch.cuda.device_of(logp):
         kernel = _token_kernel if local else _sequence_kernel
+        # Four tokens a thread: twenty values and running sums of each fit in 128 registers.
         kernel[(programs,)](
             *given, dlogp, dentropy, partial, count, knobs, **codes, BLOCK=block,
-            num_warps=max(block // 256, 1), enable_fp_fusion=True
+            num_warps=block // 128, enable_fp_fusion=True
         )  # fmt: skip
     return dlogp, dentropy, partial
 
@@ -135,7 +136,7 @@ def _store_counts(to, acc):
     tl.store(to + 12, tl.max(acc[12], 0))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _token_kernel(
     logp, advantages, row_weight, old, ref, sampler, entropy, dlogp, dentropy, partial, N, k,
     RATIO: tl.constexpr, SURROGATE: tl.constexpr, DUAL: tl.constexpr, DELTA: tl.constexpr,
@@ -164,7 +165,7 @@ def _token_kernel(
     _store_counts(partial + pid * 13, acc)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def _sequence_kernel(
     logp, advantages, row_weight, old, ref, sampler, entropy, dlogp, dentropy, partial, T, k,
     RATIO: tl.constexpr, SURROGATE: tl.constexpr, DUAL: tl.constexpr, DELTA: tl.constexpr,
