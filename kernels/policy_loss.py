@@ -60,10 +60,11 @@ def policy_terms(
     count = width if local else min(width, logp.numel())
     with torch.cuda.device_of(logp):
         kernel = _token_kernel if local else _sequence_kernel
-        # Four tokens a thread: twenty values and running sums of each fit in 128 registers.
+        # Tokens a thread: their values and running sums are to fit in 128 registers.
+        each = 4 if local else 2
         kernel[(programs,)](
             *given, dlogp, dentropy, partial, count, knobs, **codes, BLOCK=block,
-            num_warps=block // 128, enable_fp_fusion=True
+            num_warps=block // (32 * each), enable_fp_fusion=True
         )  # fmt: skip
     return dlogp, dentropy, partial
 
