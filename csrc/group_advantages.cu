@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(32) groups_kernel(GroupAdvantagesArgs a) {
 }
 
 // (x - mean) / sqrt(var + 1e-8) over the batch; exactly 0 where all are equal
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     whiten_kernel(const double* x, double* out, int64_t n) {
   VG_SHARED(Slots<Moments>, shared);
   Moments m;

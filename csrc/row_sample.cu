@@ -172,8 +172,9 @@ struct Row {
   }
 };
 
+// The 1: for two blocks a multiprocessor ptxas gives 64 registers on sm_80, and spills.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) row_sample_kernel(RowSampleArgs a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) row_sample_kernel(RowSampleArgs a) {
   static_assert(sizeof(Race) <= sizeof(Sums), "shared memory for the largest of them");
   VG_SHARED(Slots<Sums>, shared);
   const int64_t vocab = a.logits.columns;

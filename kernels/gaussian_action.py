@@ -21,13 +21,9 @@ def _normal_rows(seed, sequence, position, first, BLOCK: tl.constexpr):
     c2 = zero + sequence.to(tl.uint32)[:, None]
     c3 = zero + (sequence >> 32).to(tl.uint32)[:, None]
     w0, w1, w2, w3 = tl.philox_impl(zero + quad, c1, c2, c3, k0, k1)
-    r0 = tl.sqrt_rn(-2 * tl.log(noise.uniform(w0)))
-    r2 = tl.sqrt_rn(-2 * tl.log(noise.uniform(w2)))
-    a0 = 6.283185307179586 * noise.uniform(w1)
-    a2 = 6.283185307179586 * noise.uniform(w3)
-    even = tl.join(r0 * tl.cos(a0), r2 * tl.cos(a2))
-    odd = tl.join(r0 * tl.sin(a0), r2 * tl.sin(a2))
-    return tl.reshape(tl.join(even, odd), [position.shape[0], BLOCK])
+    e0, o0 = noise.pair(noise.uniform(w0), noise.uniform(w1))
+    e2, o2 = noise.pair(noise.uniform(w2), noise.uniform(w3))
+    return tl.reshape(tl.join(tl.join(e0, e2), tl.join(o0, o2)), [position.shape[0], BLOCK])
 
 
 @triton.jit

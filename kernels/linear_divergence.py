@@ -148,7 +148,7 @@ def bounded(d):
     return tl.where(d > 30, 30.0, tl.where(d < -30, -30.0, d))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["mask", "out"])
 def _divergence_kernel(
     z_block,  # [R, V] student
     t_block,  # [R, V] teacher
@@ -229,7 +229,7 @@ def raw_grad(z, t, lse, teacher_lse, c, e, KIND: tl.constexpr):
     return p, g
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lse", "teacher_lse", "c", "e"])
 def _divergence_grad_kernel(
     z_block,  # [R, V] student
     t_block,  # [R, V] teacher

@@ -18,11 +18,12 @@ SPAN = 1024  # columns per program, a multiple of every config's N
 # (rows, columns, depth, warps, stages) of a tile. Shared memory is stages * (rows + columns) *
 # depth * bytes: 96 KiB at most, for the 99 KiB of sm_86 and sm_120.
 CONFIGS = {
-    (2, "few"): (64, 128, 64, 4, 4),
+    (2, "few"): (64, 128, 64, 8, 4),
     (2, "many"): (128, 128, 64, 8, 3),
-    (2, "odd"): (64, 64, 32, 8, 2),  # H off 16: scalar loads; the larger tiles spill
+    (2, "odd"): (64, 64, 32, 8, 2),  # H off 16: scalar loads; more of a tile a thread spills
     (4, "few"): (32, 64, 32, 4, 3),
     (4, "many"): (64, 64, 32, 4, 3),
+    (4, "odd"): (64, 64, 32, 8, 3),
 }
 
 
@@ -110,7 +111,7 @@ def _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index
 def config(count, vocab, width, element_size):
     """The tile for this problem: one of CONFIGS, no wider than the problem itself."""
     kind = "few" if count <= 64 else "many"
-    if element_size == 2 and width % 16:
+    if width % 16 and (element_size, kind) != (4, "few"):
         kind = "odd"
     m, n, k, warps, stages = CONFIGS[element_size, kind]
     n = min(n, max(triton.next_power_of_2(vocab), 16))

@@ -42,10 +42,17 @@ def gumbel(seed, sequence, position, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def pair(u1, u2):
+    """The two standard normals of a pair of uniforms."""
+    radius = tl.sqrt_rn(-2 * tl.log(u1))
+    half_turns = 2 * u2  # exact; of tl.cos, reducing any argument would be most of the kernel
+    return radius * libdevice.cospi(half_turns), radius * libdevice.sinpi(half_turns)
+
+
+@triton.jit
 def normal(seed, sequence, position, first, BLOCK: tl.constexpr):
     """Standard normal noise fp32 [BLOCK] of elements first .. first + BLOCK - 1."""
     u = uniform(words(seed, sequence, position, first, BLOCK, NORMAL))
     u1, u2 = tl.split(tl.reshape(u, [BLOCK // 2, 2]))
-    radius = tl.sqrt_rn(-2 * tl.log(u1))
-    angle = 6.283185307179586 * u2
-    return tl.reshape(tl.join(radius * tl.cos(angle), radius * tl.sin(angle)), [BLOCK])
+    even, odd = pair(u1, u2)
+    return tl.reshape(tl.join(even, odd), [BLOCK])

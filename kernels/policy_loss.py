@@ -60,9 +60,11 @@ def policy_terms(
     count = width if local else min(width, logp.numel())
     with torch.cuda.device_of(logp):
         kernel = _token_kernel if local else _sequence_kernel
+        # Tokens a thread: their values and running sums are to fit in 128 registers.
+        each = 4 if local else 2
         kernel[(programs,)](
             *given, dlogp, dentropy, partial, count, knobs, **codes, BLOCK=block,
-            num_warps=max(block // 256, 1), enable_fp_fusion=True
+            num_warps=block // (32 * each), enable_fp_fusion=True
         )  # fmt: skip
     return dlogp, dentropy, partial
 
@@ -77,24 +79,16 @@ def totals(partials):
 
 
 @triton.jit
-def _one(p, i, inside):
-    """A value per token, None without the tensor."""
-    if p is not None:
-        return tl.load(p + i, mask=inside, other=0.0)
-    else:
-        return None
-
-
-@triton.jit
-def _load(logp, advantages, row_weight, old, ref, sampler, i, inside):
-    """The tokens at `i`; whatever a masked one holds is 0."""
+def _load(logp, advantages, row_weight, old, i, inside):
+    """(w, logp, advantage, old) of the tokens at `i`; whatever a masked one holds is 0. The callers
+    load ref and sampler, which may be None: triton 3.6 has no function that returns one."""
     w = tl.load(row_weight + i, mask=inside, other=0.0)
     m = w != 0
     lp, a = tl.load(logp + i, mask=m, other=0.0), tl.load(advantages + i, mask=m, other=0.0)
     before = lp
     if old is not None:
         before = tl.load(old + i, mask=m, other=0.0)
-    return w, lp, a, before, _one(ref, i, m), _one(sampler, i, m)
+    return w, lp, a, before
 
 
 @triton.jit
@@ -135,7 +129,7 @@ def _store_counts(to, acc):
     tl.store(to + 12, tl.max(acc[12], 0))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _token_kernel(
     logp, advantages, row_weight, old, ref, sampler, entropy, dlogp, dentropy, partial, N, k,
     RATIO: tl.constexpr, SURROGATE: tl.constexpr, DUAL: tl.constexpr, DELTA: tl.constexpr,
@@ -144,7 +138,9 @@ def _token_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     i = pid * BLOCK + tl.arange(0, BLOCK)
-    w, lp, a, before, rf, sm = _load(logp, advantages, row_weight, old, ref, sampler, i, i < N)
+    w, lp, a, before = _load(logp, advantages, row_weight, old, i, i < N)
+    rf = None if ref is None else tl.load(ref + i, mask=w != 0, other=0.0)
+    sm = None if sampler is None else tl.load(sampler + i, mask=w != 0, other=0.0)
     live = w != 0
     if not ALWAYS:
         live = live & (a != 0)
@@ -164,7 +160,7 @@ def _token_kernel(
     _store_counts(partial + pid * 13, acc)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def _sequence_kernel(
     logp, advantages, row_weight, old, ref, sampler, entropy, dlogp, dentropy, partial, T, k,
     RATIO: tl.constexpr, SURROGATE: tl.constexpr, DUAL: tl.constexpr, DELTA: tl.constexpr,
@@ -179,11 +175,12 @@ def _sequence_kernel(
     for start in range(0, T, BLOCK):
         t = start + tl.arange(0, BLOCK)
         i = pid * T + t
-        w, lp, a, before, rf, sm = _load(logp, advantages, row_weight, old, ref, sampler, i, t < T)
+        w, lp, a, before = _load(logp, advantages, row_weight, old, i, t < T)
         m = w != 0
         length += m.to(tl.float32)
         ratio += tl.where(m, ratio_part(log_ratio(lp, before), a, k, RATIO), 0.0)
         if sampler is not None and FIX != NO_FIX:
+            sm = tl.load(sampler + i, mask=m, other=0.0)
             gap += tl.where(m, mismatch_part(before, sm, k, SURROGATE, FIX), 0.0)
     inverse_length = 1 / tl.maximum(tl.sum(length, 0), 1.0)
     sequence_d, mismatch = tl.sum(ratio, 0), tl.sum(gap, 0)
@@ -194,9 +191,9 @@ def _sequence_kernel(
         for start in range(0, T, BLOCK):
             t = start + tl.arange(0, BLOCK)
             i = pid * T + t
-            w, lp, a, before, rf, sm = _load(
-                logp, advantages, row_weight, old, ref, sampler, i, t < T
-            )
+            w, lp, a, before = _load(logp, advantages, row_weight, old, i, t < T)
+            rf = None if ref is None else tl.load(ref + i, mask=w != 0, other=0.0)
+            sm = None if sampler is None else tl.load(sampler + i, mask=w != 0, other=0.0)
             live = w != 0
             if not ALWAYS:
                 live = live & (a != 0)
@@ -210,7 +207,9 @@ def _sequence_kernel(
     for start in range(0, T, BLOCK):
         t = start + tl.arange(0, BLOCK)
         i = pid * T + t
-        w, lp, a, before, rf, sm = _load(logp, advantages, row_weight, old, ref, sampler, i, t < T)
+        w, lp, a, before = _load(logp, advantages, row_weight, old, i, t < T)
+        rf = None if ref is None else tl.load(ref + i, mask=w != 0, other=0.0)
+        sm = None if sampler is None else tl.load(sampler + i, mask=w != 0, other=0.0)
         m = w != 0
         live = m
         if not ALWAYS:

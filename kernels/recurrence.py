@@ -200,13 +200,15 @@ def recurrence(
     drows, dcols = n, 1
     if reverse and dense:  # A^T
         rows, cols, drows, dcols = cols, rows, dcols, drows
-    scratch = None
+    scratch, warps = None, 1
     if not dense:
         kernel, block = _recurrence_diagonal_kernel, min(128, max(4, triton.next_power_of_2(n)))
     elif n <= TILE:
         kernel, block = _recurrence_whole_kernel, max(4, triton.next_power_of_2(n))
+        warps = max(1, block * block // 512)
     else:
         kernel, block = _recurrence_tiled_kernel, TILE
+        warps = TILE * TILE // 256  # 64-bit addresses of two matrices: 8 cells a thread
         scratch = torch.empty((b, 2, n), dtype=torch.float32, device=added.device)
 
     def strides(x, count):
@@ -219,6 +221,5 @@ def recurrence(
         *strides(sigma, 3), *strides(out, 3)[:2], *strides(last, 2)[:1], drows, dcols,
         REVERSE=reverse, DONE=done is not None, NOISE=sigma is not None, OUT=out is not None,
         LAST=last is not None, OUTER=djacobian is not None, DSIGMA=dsigma is not None,
-        BLOCK=block, num_warps=max(1, block * block // 512) if dense else 1,
-        enable_fp_fusion=True,
+        BLOCK=block, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip

@@ -245,5 +245,7 @@ def _fill_libdevice():
 
     for name in ("exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sqrt", "sin", "cos"):
         setattr(libdevice, name, lifted(getattr(np, name)))
+    libdevice.cospi = lifted(lambda x: np.cos(np.pi * x.astype(np.float64)))
+    libdevice.sinpi = lifted(lambda x: np.sin(np.pi * x.astype(np.float64)))
     libdevice.rsqrt = lifted(lambda x: torch.rsqrt(torch.from_numpy(np.array(x))).numpy())
     libdevice.erf = lifted(lambda x: torch.erf(torch.from_numpy(np.array(x))).numpy())

@@ -154,7 +154,6 @@ def _sample() -> Iterator[Launch]:
 
     yield case("", LLAMA, 256, False, 0.0, (0, 1.0, 0.0))
     yield case("top_k top_p min_p", LLAMA, 256, False, 0.0, (50, 0.95, 0.05))
-    yield case("top_p", SMOL, 64, False, 0.0, (0, 0.95, 0.0))
     yield case("bias softcap", ODD, 1, True, 30.0, (0, 1.0, 0.0))
 
 
@@ -277,5 +276,4 @@ def _continuous() -> Iterator[Launch]:
     yield from recurrence(64, 256, 64, False, False)
     yield from recurrence(16, 256, 200, False, False)
     yield from recurrence(64, 256, 4096, True, True)
-    yield from recurrence(7, 33, 5, False, False)
     yield from recurrence(7, 33, 5, True, False)
