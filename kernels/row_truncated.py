@@ -1,7 +1,7 @@
 """Rows of materialised logits under a temperature per row and a truncation: which ids it keeps,
 their statistics, their gradient. One program a row.
 
-The truncation is exact and sorts nothing: its cut is found by bisection over the bits of a float.
+The truncation is exact and sorts nothing: its cut is found by a search over the bits of a float.
 What it keeps is z > cut, and the first `ties` of the ids with z == cut. At temperature 0 that is
 the argmax alone. The same kernel scores what `row_sample` drew, so the two agree to the bit.
 """
@@ -12,6 +12,8 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .logits import INF, added, finish, flat, launch, load_z, raised
+
+WAYS = tl.constexpr(8)  # cuts that one pass over a row tries
 
 
 def row_truncated(
@@ -281,16 +283,32 @@ def float_of(key):
 
 
 @triton.jit
-def above(row, bias, V, scale, softcap, top, cut, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """How many z > cut, and their sum of exp(z - top); the sum is monotone in cut, bit for bit."""
-    count = tl.zeros([BLOCK], tl.int32)
-    mass = tl.zeros([BLOCK], tl.float32)
+def above(row, bias, V, scale, softcap, top, cuts, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """For each of WAYS cuts: how many z > cut, and their sum of exp(z - top). The sum is monotone
+    in the cut, bit for bit."""
+    count = tl.zeros([WAYS, BLOCK], tl.int32)
+    mass = tl.zeros([WAYS, BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         z, _ = load_z(row, bias, start + tl.arange(0, BLOCK), V, scale, softcap, SOFTCAP)
-        over = z > cut
+        over = z[None, :] > cuts[:, None]
         count += over.to(tl.int32)
-        mass += tl.where(over, tl.exp(z - top), 0.0)
-    return tl.sum(count, 0), tl.sum(mass, 0)
+        mass += tl.where(over, tl.exp(z - top)[None, :], 0.0)
+    return tl.sum(count, 1), tl.sum(mass, 1)
+
+
+@triton.jit
+def split(least, most):
+    """WAYS keys, ascending and evenly spread over (least, most]; the last is `most`."""
+    return least + (most - least) * (tl.arange(0, WAYS) + 1) // WAYS
+
+
+@triton.jit
+def narrowed(least, most, fits):
+    """The bounds of the first key that fits, from which of `split` do: these are its last ones."""
+    missed = tl.sum((fits == 0).to(tl.int64), 0)
+    span = most - least
+    first = least + tl.where(missed > 0, span * missed // WAYS + 1, 0)
+    return first, least + span * (missed + 1) // WAYS
 
 
 @triton.jit
@@ -312,7 +330,7 @@ def search(
 ):
     """(cut, ties) of top_k, then top_p, then min_p.
 
-    Each is a bisection over the bits of the cut. top_k is the least cut with fewer than k above it;
+    Each is a search over the bits of the cut. top_k is the least cut with fewer than k above it;
     top_p, within those, the least with a mass above it of less than top_p of the whole; min_p, the
     least z with exp(z - top) >= min_p, which takes no pass over the row.
     """
@@ -320,42 +338,38 @@ def search(
     cut = tl.full([], -INF, tl.float32)
     low = ordered(cut)
     ties = tl.full([], 0, tl.int32) + V
+    same = tl.zeros([WAYS], tl.float32)
     if TOP_K:
         least, most = low, high
         while least < most:
-            middle = (least + most) >> 1
-            n, _ = above(row, bias, V, scale, softcap, top, float_of(middle), SOFTCAP, BLOCK)
-            fits = n < top_k
-            most = tl.where(fits, middle, most)
-            least = tl.where(fits, least, middle + 1)
+            cuts = float_of(split(least, most))
+            n, _ = above(row, bias, V, scale, softcap, top, cuts, SOFTCAP, BLOCK)
+            least, most = narrowed(least, most, n < top_k)
         low = least
         cut = float_of(least)
-        n, _ = above(row, bias, V, scale, softcap, top, cut, SOFTCAP, BLOCK)
-        ties = top_k - n
+        n, _ = above(row, bias, V, scale, softcap, top, same + cut, SOFTCAP, BLOCK)
+        ties = top_k - tl.max(n, 0)
     if TOP_P:
-        _, mass = above(row, bias, V, scale, softcap, top, cut, SOFTCAP, BLOCK)
-        bound = top_p * (mass + tl.where(cut == -INF, 0.0, ties * tl.exp(cut - top)))
+        _, mass = above(row, bias, V, scale, softcap, top, same + cut, SOFTCAP, BLOCK)
+        equal = tl.where(cut == -INF, 0.0, ties * tl.exp(cut - top))
+        bound = top_p * (tl.max(mass, 0) + equal)
         least, most = low, high
         while least < most:
-            middle = (least + most) >> 1
-            _, mass = above(row, bias, V, scale, softcap, top, float_of(middle), SOFTCAP, BLOCK)
-            fits = mass < bound
-            most = tl.where(fits, middle, most)
-            least = tl.where(fits, least, middle + 1)
+            cuts = float_of(split(least, most))
+            _, mass = above(row, bias, V, scale, softcap, top, cuts, SOFTCAP, BLOCK)
+            least, most = narrowed(least, most, mass < bound)
         at = float_of(least)
-        _, mass = above(row, bias, V, scale, softcap, top, at, SOFTCAP, BLOCK)
+        _, mass = above(row, bias, V, scale, softcap, top, same + at, SOFTCAP, BLOCK)
         # the first tie is kept if the mass before it is below the bound, the next if ..
-        fit = tl.ceil((bound - mass) / tl.maximum(tl.exp(at - top), 1e-37))
+        fit = tl.ceil((bound - tl.max(mass, 0)) / tl.maximum(tl.exp(at - top), 1e-37))
         fit = tl.where(fit < V, fit, V * 1.0).to(tl.int32)
         ties = tl.where(at > cut, fit, tl.minimum(fit, ties))
         cut = at
     if MIN_P:
         least, most = ordered(cut), high
         while least < most:
-            middle = (least + most) >> 1
-            fits = tl.exp(float_of(middle) - top) >= min_p
-            most = tl.where(fits, middle, most)
-            least = tl.where(fits, least, middle + 1)
+            fits = tl.exp(float_of(split(least, most)) - top) >= min_p
+            least, most = narrowed(least, most, fits)
         at = float_of(least)
         ties = tl.where(at > cut, V, ties)  # all that are equal to it
         cut = at
