@@ -211,7 +211,7 @@ def _linear_stats_kernel(
     K: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)
     span = pid // blocks  # row blocks run side by side on one span of the weight: L2 holds it
     rm = (pid % blocks).to(tl.int64) * M + tl.arange(0, M)
     inside = rm < R

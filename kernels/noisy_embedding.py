@@ -50,7 +50,9 @@ def noisy_embedding_bwd(
                 position[part], tau, expected, temperature, softcap, -100, out
             )  # fmt: skip
             grads.products(part, dz, live[part], scale)
-    table = _table_grad(embedding, tokens, dx, live) if needs[3] else embedding.new_empty(0)
+    table = embedding.new_empty(0)
+    if needs[3]:
+        table = getattr(rows, "table_grad", _table_grad)(embedding, tokens, dx, live)
     return (*grads.finish(as_input=True), table)
 
 
@@ -83,7 +85,7 @@ def _table_grad_kernel(
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(token + at)
     before = tl.load(token + at - 1, mask=at > 0, other=-1)
     if (y < V) & (y != before):  # the first of its token takes them all

@@ -147,7 +147,7 @@ def _recurrence_diagonal_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    i0 = tl.program_id(1) * BLOCK
+    i0 = tl.program_id(1).to(tl.int64) * BLOCK
     i = (i0 + tl.arange(0, BLOCK)).to(tl.int64)
     t = tl.full((), steps - 1 if REVERSE else 0, tl.int64)
     x = _row(first, b, 0, fb, 0, fn, i, n)

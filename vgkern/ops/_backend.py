@@ -59,6 +59,7 @@ def _automatic(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     return "torch" if why else name
 
 
+@torch.compiler.assume_constant_result
 def _missing(name: str, device: torch.device) -> str | None:
     """Why `name` cannot run on tensors of `device`, with the remedy; None where it can."""
     if name == "cpu":

@@ -198,8 +198,18 @@ def totals(partials: list[Tensor]) -> tuple[Tensor, Tensor]:
     return loss, counts
 
 
+def table_grad(embedding: Tensor, tokens: Tensor, dx: Tensor, live: Tensor) -> Tensor:
+    """dE [V, He]: for each token the sum of its live rows of dx, in fp32, rounded once."""
+    vocab = embedding.shape[0]
+    known = live & (tokens >= 0) & (tokens < vocab)
+    table = dx.new_zeros((vocab + 1, dx.shape[1]), dtype=torch.float32)  # the last row: not known
+    at = (tokens.masked_fill(~known, vocab),)
+    table.index_put_(at, dx.float().masked_fill(~known[:, None], 0), accumulate=True)  # by a sort
+    return table[:vocab].to(embedding.dtype)
+
+
 ROWS = SimpleNamespace(
-    row_stats=row_stats, row_grad=row_grad, row_sample=row_sample, row_truncated=row_truncated,
+    table_grad=table_grad, row_stats=row_stats, row_grad=row_grad, row_sample=row_sample, row_truncated=row_truncated,
     row_truncated_grad=row_truncated_grad, policy_terms=policy_terms, totals=totals
 )  # fmt: skip
 
