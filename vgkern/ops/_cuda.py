@@ -209,8 +209,9 @@ def table_grad(embedding: Tensor, tokens: Tensor, dx: Tensor, live: Tensor) -> T
 
 
 ROWS = SimpleNamespace(
-    table_grad=table_grad, row_stats=row_stats, row_grad=row_grad, row_sample=row_sample, row_truncated=row_truncated,
-    row_truncated_grad=row_truncated_grad, policy_terms=policy_terms, totals=totals
+    row_stats=row_stats, row_grad=row_grad, row_sample=row_sample, row_truncated=row_truncated,
+    row_truncated_grad=row_truncated_grad, policy_terms=policy_terms, totals=totals,
+    table_grad=table_grad
 )  # fmt: skip
 
 
