@@ -17,6 +17,7 @@ from vgkern.gate.coverage import KERNELS
 from vgkern.gate.record import Launch
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", F16: "fp16", F32: "fp32"}
 FILES = {  # of the operators that do not have the name of their file
     "linear_logprobs_fwd": "linear_token_logprobs",
     "linear_logprobs_bwd": "linear_token_logprobs",
@@ -36,7 +37,7 @@ class Head(NamedTuple):
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name} {SHORT[self.dtype]}"
 
     def tensors(self, bias: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden, weight, bias."""
@@ -235,7 +236,7 @@ def _continuous() -> Iterator[Launch]:
         def mean() -> Tensor:
             return torch.empty(n, width, dtype=dtype)
 
-        label = f"[{n}, {width}] {str(dtype).removeprefix('torch.')}"
+        label = f"[{n}, {width}] {SHORT[dtype]}"
         return [
             _launch("gaussian_action_fwd", label, lambda: (mean(), mean(), *noise(n))),
             _launch("gaussian_action_bwd", label, lambda: (mean(), f32(n), mean(), *noise(n))),
