@@ -126,21 +126,68 @@ void row_grad(const Tensor& logits, const OptTensor& bias, const OptTensor& targ
 }
 
 void row_sample(const Tensor& logits, const OptTensor& bias, int64_t seed, const Tensor& sequence,
-                const Tensor& position, const Tensor& temperature, double softcap, int64_t top_k,
-                double top_p, double min_p, Tensor token, Tensor logp, Tensor entropy) {
+                const Tensor& position, const Tensor& temperature, double softcap,
+                const Tensor& cut, Tensor token) {
   RowSampleArgs a{};
   a.logits = matrix(logits, "logits");
   const int64_t n = a.logits.rows;
   a.scale = scale_of(bias, a.logits.columns, 1.0, softcap);
   a.noise = {seed, rows<int64_t>(sequence, n, "sequence"), rows<int64_t>(position, n, "position")};
   a.temperature = rows<float>(temperature, n, "temperature");
+  a.cut = rows<int64_t>(cut, 2 * n, "cut");
+  a.token = rows<int64_t>(token, n, "token");
+  launch(vg_row_sample, a, logits);
+}
+
+RowTruncatedArgs truncated(const Tensor& logits, const OptTensor& bias, const OptTensor& targets,
+                           const Tensor& temperature, double softcap, int64_t ignore_index,
+                           const Tensor& cut) {
+  RowTruncatedArgs a{};
+  a.logits = matrix(logits, "logits");
+  const int64_t n = a.logits.rows;
+  a.scale = scale_of(bias, a.logits.columns, 1.0, softcap);
+  a.targets = rows<int64_t>(targets, n, "targets");
+  a.temperature = rows<float>(temperature, n, "temperature");
+  a.ignore_index = ignore_index;
+  a.cut = rows<int64_t>(cut, 2 * n, "cut");
+  return a;
+}
+
+void row_cut(const Tensor& logits, const OptTensor& bias, const OptTensor& targets,
+             const Tensor& temperature, double softcap, int64_t ignore_index, int64_t top_k,
+             double top_p, double min_p, Tensor cut) {
+  RowTruncatedArgs a = truncated(logits, bias, targets, temperature, softcap, ignore_index, cut);
   a.top_k = top_k;
   a.top_p = top_p;
   a.min_p = min_p;
-  a.token = rows<int64_t>(token, n, "token");
+  launch(vg_row_cut, a, logits);
+}
+
+void row_kept_stats(const Tensor& logits, const OptTensor& bias, const Tensor& targets,
+                    const Tensor& temperature, double softcap, int64_t ignore_index,
+                    const Tensor& cut, Tensor logp, Tensor entropy, Tensor lse) {
+  RowTruncatedArgs a = truncated(logits, bias, targets, temperature, softcap, ignore_index, cut);
+  a.logp = rows<float>(logp, a.logits.rows, "logp");
+  a.entropy = rows<float>(entropy, a.logits.rows, "entropy");
+  a.lse = rows<float>(lse, a.logits.rows, "lse");
+  launch(vg_row_kept_stats, a, logits);
+}
+
+void row_kept_grad(const Tensor& logits, const OptTensor& bias, const Tensor& targets,
+                   const Tensor& temperature, double softcap, int64_t ignore_index,
+                   const Tensor& cut, const Tensor& logp, const Tensor& entropy, const Tensor& lse,
+                   const Tensor& c, const Tensor& e, Tensor out) {
+  RowTruncatedArgs a = truncated(logits, bias, targets, temperature, softcap, ignore_index, cut);
+  const int64_t n = a.logits.rows;
+  a.out = matrix(out, "out");
+  STD_TORCH_CHECK(a.out.rows == n && a.out.columns == a.logits.columns,
+                  "vgkern: out must have logits' shape");
   a.logp = rows<float>(logp, n, "logp");
   a.entropy = rows<float>(entropy, n, "entropy");
-  launch(vg_row_sample, a, logits);
+  a.lse = rows<float>(lse, n, "lse");
+  a.c = rows<float>(c, n, "c");
+  a.e = rows<float>(e, n, "e");
+  launch(vg_row_kept_grad, a, logits);
 }
 
 void policy_terms(const Tensor& logp, const Tensor& advantages, const Tensor& weight,
@@ -299,8 +346,18 @@ STABLE_TORCH_LIBRARY(vgkern_launch, m) {
       "int ignore_index, Tensor(a!) out) -> ()");
   m.def(
       "row_sample(Tensor logits, Tensor? bias, int seed, Tensor sequence, Tensor position, "
-      "Tensor temperature, float softcap, int top_k, float top_p, float min_p, "
-      "Tensor(a!) token, Tensor(b!) logp, Tensor(c!) entropy) -> ()");
+      "Tensor temperature, float softcap, Tensor cut, Tensor(a!) token) -> ()");
+  m.def(
+      "row_cut(Tensor logits, Tensor? bias, Tensor? targets, Tensor temperature, float softcap, "
+      "int ignore_index, int top_k, float top_p, float min_p, Tensor(a!) cut) -> ()");
+  m.def(
+      "row_kept_stats(Tensor logits, Tensor? bias, Tensor targets, Tensor temperature, "
+      "float softcap, int ignore_index, Tensor cut, Tensor(a!) logp, Tensor(b!) entropy, "
+      "Tensor(c!) lse) -> ()");
+  m.def(
+      "row_kept_grad(Tensor logits, Tensor? bias, Tensor targets, Tensor temperature, "
+      "float softcap, int ignore_index, Tensor cut, Tensor logp, Tensor entropy, Tensor lse, "
+      "Tensor c, Tensor e, Tensor(a!) out) -> ()");
   m.def(
       "policy_terms(Tensor logp, Tensor advantages, Tensor row_weight, Tensor? old_logp, "
       "Tensor? ref_logp, Tensor? sampler_logp, Tensor? entropy, float[] objective, "
@@ -330,6 +387,9 @@ STABLE_TORCH_LIBRARY_IMPL(vgkern_launch, CUDA, m) {
   m.impl("row_stats", TORCH_BOX(&row_stats));
   m.impl("row_grad", TORCH_BOX(&row_grad));
   m.impl("row_sample", TORCH_BOX(&row_sample));
+  m.impl("row_cut", TORCH_BOX(&row_cut));
+  m.impl("row_kept_stats", TORCH_BOX(&row_kept_stats));
+  m.impl("row_kept_grad", TORCH_BOX(&row_kept_grad));
   m.impl("policy_terms", TORCH_BOX(&policy_terms));
   m.impl("policy_totals", TORCH_BOX(&policy_totals));
   m.impl("group_advantages", TORCH_BOX(&group_advantages));

@@ -56,10 +56,22 @@ struct RowSampleArgs {
   Scale scale;    // inv_temperature is not used
   NoiseRows noise;
   const float* temperature;  // [N], 0: greedy
-  int64_t top_k;             // 0: no limit
+  const int64_t* cut;        // [N, 2], from vg_row_cut
+  int64_t* token;            // [N]; -2 where every id is blocked
+};
+
+// What each of the three launchers takes of these is in bindings_cuda.cpp.
+struct RowTruncatedArgs {
+  Matrix logits, out;        // [N, V]; out may be logits
+  Scale scale;               // inv_temperature is not used
+  const int64_t* targets;    // [N]; null for the cut: of every row
+  const float* temperature;  // [N], 0: greedy
+  int64_t ignore_index;
+  int64_t top_k;  // 0: no limit
   double top_p, min_p;
-  int64_t* token;         // [N]
-  float *logp, *entropy;  // [N]
+  int64_t* cut;                 // [N, 2]: key and highest id of the smallest z that stays
+  float *logp, *entropy, *lse;  // [N]
+  const float *c, *e;           // [N]: dl/dlogp, dl/dentropy
 };
 
 struct GroupAdvantagesArgs {
@@ -136,6 +148,9 @@ int vg_recurrence(const RecurrenceArgs*, void* stream);
 int vg_row_stats(const RowStatsArgs*, void* stream);
 int vg_row_grad(const RowGradArgs*, void* stream);
 int vg_row_sample(const RowSampleArgs*, void* stream);
+int vg_row_cut(const RowTruncatedArgs*, void* stream);
+int vg_row_kept_stats(const RowTruncatedArgs*, void* stream);
+int vg_row_kept_grad(const RowTruncatedArgs*, void* stream);
 }
 
 }  // namespace vgkern

@@ -42,19 +42,26 @@ class Grads:
 
     def add(self, part, logits, targets, logp, entropy, lse, c, e):
         """The rows `part`, from their logits (overwritten) and statistics, each [chunk]."""
-        dtype = self.hidden.dtype
-        out = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
         live = (c != 0) | (e != 0)
-        scale = None
-        if dtype == torch.float16:  # a power of two, so that nothing is rounded by it
-            largest = torch.maximum(c.abs().amax(), e.abs().amax()).clamp(min=1e-30)
-            scale = torch.exp2(torch.floor(torch.log2(FP16_SCALE / largest)))
-            c, e = c * scale, e * scale
+        c, e, scale = self.scaled(c, e)
         dz = self.rows.row_grad(
             logits, self.bias, targets, logp, entropy, lse, c, e, None, 0, None, None, 1.0, False,
-            *self.scalars, out
+            *self.scalars, self.place(logits)
         )  # fmt: skip
         self.products(part, dz, live, scale)
+
+    def place(self, logits):
+        """Where the gradient of these logits goes: over them, or 16-bit."""
+        dtype = self.hidden.dtype
+        return logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+
+    def scaled(self, c, e, times=1.0):
+        """(c, e, scale): fp16 coefficients `times` what else multiplies them, within its range."""
+        if self.hidden.dtype != torch.float16:
+            return c, e, None
+        largest = (torch.maximum(c.abs(), e.abs()) * times).amax().clamp(min=1e-30)
+        scale = torch.exp2(torch.floor(torch.log2(FP16_SCALE / largest)))  # so nothing is rounded
+        return c * scale, e * scale, scale
 
     def products(self, part, dz, live, scale=None):
         """dh = dz W, dW += dz^T h, db += sum dz; `live` rows only: the others may hold NaN."""
@@ -72,7 +79,7 @@ class Grads:
             db = unscaled(dz.sum(0, dtype=torch.float32))
             self.dbias = db if self.dbias is None else self.dbias.add_(db)
 
-    def finish(self, as_input):
+    def finish(self, as_input, fp32_dhidden=False):
         """The three gradients in their inputs' dtypes, or as fp32; [0] where not needed."""
         out = []
         like = (self.hidden, self.weight, self.bias)
@@ -80,7 +87,7 @@ class Grads:
             (self.dhidden, self.dweight, self.dbias), like, self.needs, strict=True
         ):
             x = self.hidden if x is None else x
-            dtype = x.dtype if as_input else torch.float32
+            dtype = x.dtype if as_input and not (fp32_dhidden and not out) else torch.float32
             if not need:
                 out.append(x.new_empty(0, dtype=dtype))
             elif grad is None:  # no rows

@@ -69,6 +69,7 @@ def linear_logprobs_bwd(
     softcap,
     ignore_index,
     needs,
+    fp32_dhidden=False,
     rows=row_kernels,
 ):
     grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, ignore_index, rows)
@@ -79,6 +80,73 @@ def linear_logprobs_bwd(
             logits = linear.mm32(hidden[part], weight.t())
             stats = (x[part] for x in (targets, logp, entropy, lse, c, e))
             grads.add(part, logits, *stats)
+    return grads.finish(as_input=True, fp32_dhidden=fp32_dhidden)
+
+
+def linear_truncated_logprobs_fwd(
+    hidden,
+    weight,
+    bias,
+    targets,
+    temperature,  # [N] fp32; 0: greedy
+    softcap,
+    ignore_index,
+    top_k,
+    top_p,
+    min_p,
+    rows=row_kernels,
+):
+    parts = [
+        rows.row_truncated(
+            linear.mm32(hidden[part], weight.t()),
+            bias,
+            targets[part],
+            temperature[part],
+            softcap,
+            ignore_index,
+            top_k,
+            top_p,
+            min_p,
+        )
+        for part in linear.chunks(hidden.shape[0], weight.shape[0])
+    ]
+    if not parts:
+        return tuple(hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+
+
+def linear_truncated_logprobs_bwd(
+    hidden,
+    weight,
+    bias,
+    targets,
+    dlogp,  # [N] fp32, as are dentropy and temperature
+    dentropy,
+    temperature,
+    softcap,
+    ignore_index,
+    top_k,
+    top_p,
+    min_p,
+    needs,
+    rows=row_kernels,
+):
+    grads = linear.Grads(hidden, weight, bias, needs, 1.0, softcap, ignore_index, rows)
+    if any(needs):
+        vocab = weight.shape[0]
+        alive = (targets != ignore_index) & (targets >= 0) & (targets < vocab) & (temperature != 0)
+        alive &= (dlogp != 0) | (dentropy != 0)
+        y = targets.where(alive, ignore_index)  # what has no gradient is not looked at
+        c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
+        steep = (1 / temperature).where(alive, 0)
+        for part in linear.chunks(hidden.shape[0], vocab):
+            logits = linear.mm32(hidden[part], weight.t())
+            *scaled, scale = grads.scaled(c[part], e[part], steep[part])
+            dz = rows.row_truncated_grad(
+                logits, bias, y[part], *scaled, temperature[part], softcap, ignore_index, top_k,
+                top_p, min_p, grads.place(logits)
+            )  # fmt: skip
+            grads.products(part, dz, alive[part], scale)
     return grads.finish(as_input=True)
 
 

@@ -12,8 +12,9 @@ from triton.language.extra import libdevice
 from . import noise
 from .logits import INF, added, finish, flat, launch, load_z, raised
 from .row_sample import row_sample
+from .row_truncated import row_truncated, row_truncated_grad
 
-__all__ = ["row_grad", "row_sample", "row_stats"]
+__all__ = ["row_grad", "row_sample", "row_stats", "row_truncated", "row_truncated_grad"]
 
 
 def row_stats(logits, bias, targets, temperature, softcap, ignore_index):

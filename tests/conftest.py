@@ -32,6 +32,7 @@ def emulate_cuda() -> None:
         pytest.skip(f"the CUDA kernels cannot be emulated: {why}")
     os.environ["VGKERN_CUDA_LIBRARY"] = str(emulation.build())
 
+
 if INTERPRETED:  # before any kernel is imported
     import interpreter
 
@@ -40,6 +41,13 @@ if INTERPRETED:  # before any kernel is imported
     from vgkern.kernels import logits
 
     logits.MAX_BLOCK = 512  # so that a row takes several blocks
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 def skip_unless_runs(backend: str) -> None:

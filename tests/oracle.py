@@ -113,22 +113,33 @@ def outputs(out, single):
     return {k: v for k, v in out._asdict().items() if isinstance(v, torch.Tensor)}
 
 
-def check(case, backend, dtype, layout="contiguous", seed=0):
-    """Runs one case; AssertionError where the rule does not hold. The measured `Ratio`s."""
+def moved(x, device):
+    """A tensor or noise on another device; anything else as it is."""
+    if isinstance(x, vgkern.Noise):
+        return vgkern.Noise(x.seed, x.sequence.to(device), x.position.to(device))
+    return x.to(device) if isinstance(x, torch.Tensor) else x
+
+
+def check(case, backend, dtype, layout="contiguous", seed=0, device="cpu"):
+    """Runs one case; AssertionError where the rule does not hold. The measured `Ratio`s. Truth and
+    plain PyTorch are of the CPU, whatever the device of the backend."""
     inputs = case.make(dtype, seed)
     eager = EAGER[case.op]
     up = upstream(case, eager(**fp64(inputs)))
     truth, dtruth = run(eager, fp64(inputs), case.grads, up)
     plain, dplain = run(eager, inputs, case.grads, up)
     given = {
-        k: laid_out(v, layout) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()
+        k: laid_out(v.to(device), layout) if isinstance(v, torch.Tensor) else moved(v, device)
+        for k, v in inputs.items()
     }
     before = {k: v.clone() for k, v in given.items() if isinstance(v, torch.Tensor)}
     op = getattr(vgkern, case.op)
     single = next(iter(truth))
-    got, dgot = run(lambda **k: outputs(op(**k, backend=backend), single), given, case.grads, up)
+    above = {k: v.to(device) for k, v in up.items()}
+    got, dgot = run(lambda **k: outputs(op(**k, backend=backend), single), given, case.grads, above)
     for k, v in before.items():
         assert torch.equal(v.nan_to_num(), given[k].nan_to_num()), f"{k} was modified"
+    got, dgot = ({k: v.cpu() for k, v in x.items()} for x in (got, dgot))
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     decided = truth["gap"] > 1e-3 if case.op == "linear_sample" else None
     if decided is not None:

@@ -1,25 +1,31 @@
-"""Every Python block of the README runs as it stands."""
+"""Every Python block of the README and of docs/ runs as it stands, and every file named exists."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(code, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+]
+NAMED = r"(?:docs|examples|vgkern|benchmarks|tests|kernels|csrc)/[\w/]+\.\w+"
 
 
 @pytest.mark.parametrize("code", BLOCKS)
 def test_block_runs(code: str) -> None:
-    exec(compile(code, str(README), "exec"), {})
+    exec(compile(code, "a page", "exec"), {})
 
 
 def test_there_are_blocks() -> None:
     assert BLOCKS
 
 
-def test_files_named_in_the_readme_exist() -> None:
-    root = README.parent
-    named = re.findall(r"(?:docs|examples|vgkern|benchmarks|tests)/[\w/]+\.\w+", README.read_text())
-    assert named
-    assert [name for name in named if not (root / name).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(NAMED, page.read_text())
+    assert named or page.name != "README.md"
+    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vgkern.ops import _cuda_build
 from vgkern.ops._compile import NativeError
+from vgkern.ops._cuda_truncated import row_sample, row_truncated, row_truncated_grad
 
 MOST_STATES = 512  # of a dense Jacobian: a thread each
 NO_ESTIMATOR = 3  # "none", in the order of vgkern.objectives.ESTIMATORS
@@ -130,29 +131,6 @@ def row_grad(
     return out
 
 
-def row_sample(
-    logits: Tensor,  # [R, V]
-    bias: Tensor | None,
-    seed: int,
-    sequence: Tensor,  # [R] int64
-    position: Tensor,
-    temperature: Tensor,  # [R] fp32; 0: greedy
-    softcap: float,
-    top_k: int,  # 0: no limit
-    top_p: float,  # 1: no limit
-    min_p: float,  # 0: no limit
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(token int64, logp, entropy fp32), each [R]."""
-    n = logits.shape[0]
-    token = logits.new_empty(n, dtype=torch.int64)
-    logp, entropy = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
-    rows = (sequence.contiguous(), position.contiguous(), temperature.float().contiguous())
-    torch.ops.vgkern_launch.row_sample(
-        logits, _f32(bias), seed, *rows, softcap, top_k, top_p, min_p, token, logp, entropy
-    )
-    return token, logp, entropy
-
-
 def _f32(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
@@ -221,8 +199,8 @@ def totals(partials: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 ROWS = SimpleNamespace(
-    row_stats=row_stats, row_grad=row_grad, row_sample=row_sample, policy_terms=policy_terms,
-    totals=totals
+    row_stats=row_stats, row_grad=row_grad, row_sample=row_sample, row_truncated=row_truncated,
+    row_truncated_grad=row_truncated_grad, policy_terms=policy_terms, totals=totals
 )  # fmt: skip
 
 
@@ -251,6 +229,14 @@ def linear_logprobs_fwd(*args: Any) -> Any:
 
 def linear_logprobs_bwd(*args: Any) -> Any:
     return _driver("linear_token_logprobs").linear_logprobs_bwd(*args, rows=ROWS)
+
+
+def linear_truncated_logprobs_fwd(*args: Any) -> Any:
+    return _driver("linear_token_logprobs").linear_truncated_logprobs_fwd(*args, rows=ROWS)
+
+
+def linear_truncated_logprobs_bwd(*args: Any) -> Any:
+    return _driver("linear_token_logprobs").linear_truncated_logprobs_bwd(*args, rows=ROWS)
 
 
 def linear_policy_loss_fwd(*args: Any) -> Any:

@@ -51,7 +51,6 @@ class CostateScanFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         jacobian: Tensor,  # [B, T, n, n] or [B, T, n]
         local_grad: Tensor,  # [B, T, n]
@@ -59,10 +58,13 @@ class CostateScanFunction(torch.autograd.Function):
         done: Tensor | None,  # [B, T] bool
         gamma: float,
     ) -> Tensor:
-        ctx.ops, ctx.gamma = operators(backend), gamma
-        costates = ctx.ops.costate_scan_fwd(jacobian, local_grad, terminal, done, gamma)
-        ctx.save_for_backward(jacobian, costates, done)
-        return costates
+        return operators(backend).costate_scan_fwd(jacobian, local_grad, terminal, done, gamma)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        backend, jacobian, _, _, done, ctx.gamma = inputs
+        ctx.save_for_backward(jacobian, output, done)
+        ctx.ops = operators(backend)
 
     @staticmethod
     @once

@@ -48,7 +48,6 @@ class GaussianActionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         mean: Tensor,  # [N, n]
         log_std: Tensor,  # [N, n]
@@ -56,14 +55,18 @@ class GaussianActionFunction(torch.autograd.Function):
         sequence: Tensor,  # [N] int64
         position: Tensor,  # [N] int64
     ) -> tuple:
-        ctx.ops, ctx.seed = operators(backend), seed
-        ctx.save_for_backward(log_std, sequence, position)
-        return ctx.ops.gaussian_action_fwd(mean, log_std, seed, sequence, position)
+        return operators(backend).gaussian_action_fwd(mean, log_std, seed, sequence, position)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        backend, mean, log_std, ctx.seed, sequence, position = inputs
+        ctx.save_for_backward(mean, log_std, sequence, position)  # mean for `once` to see
+        ctx.ops = operators(backend)
 
     @staticmethod
     @once
     def backward(ctx: Any, daction: Tensor, dlogp: Tensor) -> tuple:
-        log_std, sequence, position = ctx.saved_tensors
+        _, log_std, sequence, position = ctx.saved_tensors
         dmean, dlog_std = ctx.ops.gaussian_action_bwd(
             daction, dlogp, log_std, ctx.seed, sequence, position
         )

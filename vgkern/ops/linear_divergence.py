@@ -76,7 +76,6 @@ class LinearDivergenceFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
@@ -85,16 +84,19 @@ class LinearDivergenceFunction(torch.autograd.Function):
         mask: Tensor,  # [N] bool
         scalars: tuple,
     ) -> tuple:
-        ctx.ops = operators(backend)
         given = (hidden, weight, teacher_hidden, teacher_weight, mask)
-        out = ctx.ops.linear_divergence_fwd(*given, *scalars)
-        ctx.save_for_backward(*given, *out)
-        ctx.scalars = scalars
-        return out[0], out[1]
+        return operators(backend).linear_divergence_fwd(*given, *scalars)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        backend, *given, ctx.scalars = inputs
+        ctx.save_for_backward(*given, *output)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.ops = operators(backend)
 
     @staticmethod
     @once
-    def backward(ctx: Any, ddivergence: Tensor, dentropy: Tensor) -> tuple:
+    def backward(ctx: Any, ddivergence: Tensor, dentropy: Tensor, *_: Tensor) -> tuple:
         needs = list(ctx.needs_input_grad[1:3])
         grads = ctx.ops.linear_divergence_bwd(
             *ctx.saved_tensors, ddivergence.contiguous(), dentropy.contiguous(), *ctx.scalars, needs
@@ -134,7 +136,7 @@ def linear_divergence(
     if chosen == "torch":
         out = linear_divergence_ref(h2, hw, th, tw, live, *scalars)
     else:
-        out = Divergence(*LinearDivergenceFunction.apply(chosen, h2, hw, th, tw, live, scalars))
+        out = Divergence(*LinearDivergenceFunction.apply(chosen, h2, hw, th, tw, live, scalars)[:2])
     out = Divergence(*(x.view(shape) for x in out))
     total = out.divergence.detach() + out.entropy.detach()
     _check.no_nan("hidden, teacher_hidden", total, "the divergence")

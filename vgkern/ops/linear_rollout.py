@@ -47,7 +47,6 @@ class LinearRolloutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         jacobian: Tensor,  # [B, T, n, n] or [B, T, n]
         drift: Tensor,  # [B, T, n]
@@ -57,11 +56,14 @@ class LinearRolloutFunction(torch.autograd.Function):
         sequence: Tensor,  # [B * T] int64
         position: Tensor,  # [B * T] int64
     ) -> Tensor:
-        ctx.ops, ctx.seed = operators(backend), seed
         noise = (seed, sequence, position)
-        states = ctx.ops.linear_rollout_fwd(jacobian, drift, sigma, initial, *noise)
-        ctx.save_for_backward(jacobian, sigma, states, sequence, position)
-        return states
+        return operators(backend).linear_rollout_fwd(jacobian, drift, sigma, initial, *noise)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        backend, jacobian, _, sigma, _, ctx.seed, *rows = inputs
+        ctx.save_for_backward(jacobian, sigma, output, *rows)
+        ctx.ops = operators(backend)
 
     @staticmethod
     @once

@@ -47,7 +47,8 @@ def linear_sample_ref(
     logits = linear_logits_ref(hidden, weight, bias)
     z = truncated_ref(logits, temperature, softcap, top_k, top_p, min_p)
     token = (z + noise.gumbel(weight.shape[0], z.dtype)).argmax(-1)
-    return Sample(token, *token_logprobs_ref(z, token))
+    none = ~z.amax(-1).isfinite()  # nothing can be drawn
+    return Sample(token, *(x.masked_fill(none, torch.nan) for x in token_logprobs_ref(z, token)))
 
 
 @torch.no_grad()

@@ -43,64 +43,68 @@ def noisy_embedding_ref(
     return StraightThrough.apply(hidden, weight, bias, embedding, tokens, options)
 
 
-def relaxed_embedding_ref(
+def straight_through_ref(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     embedding: Tensor,
+    tokens: Tensor,
+    dx: Tensor,  # [N, He]
     noise: Noise | None,
     tau: float,
     temperature: float,
     softcap: float,
-) -> Tensor:
-    """q E [N, He]: what the backward pass believes the forward pass computed."""
-    z = linear_logits_ref(hidden, weight, bias)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias and embedding, fp32 (fp64 for fp64)."""
+    up = torch.float64 if torch.float64 in (dx.dtype, hidden.dtype) else torch.float32
+    live = (dx != 0).any(-1, keepdim=True)
+    h, x = hidden.where(live, 0), dx.to(up)
+    s = linear_logits_ref(h, weight, bias).to(up)
+    z, slope = s, torch.ones_like(s)
     if softcap:
-        z = (softcap * torch.tanh(z / softcap)).where(z != -torch.inf, -torch.inf)  # still blocked
+        z = (softcap * torch.tanh(s / softcap)).where(s != -torch.inf, -torch.inf)  # still blocked
+        slope = 1 - torch.tanh(s / softcap) ** 2
     z = z / temperature
     if noise is not None:
-        z = (z + noise.gumbel(weight.shape[0], z.dtype)) / tau
-    return linear_logits_ref(z.softmax(-1), embedding.T, None)
+        z = (z + noise.gumbel(weight.shape[0], up)) / tau
+    q = z.softmax(-1)
+    u = linear_logits_ref(x, embedding.to(up), None)
+    dz = (q * (u - (q * u).sum(-1, keepdim=True)) * slope / (tau * temperature)).where(live, 0)
+    table = torch.zeros(embedding.shape, dtype=up, device=x.device).index_add(0, tokens, x)
+    return dz @ weight.to(up), dz.T @ h.to(up), dz.sum(0), table
 
 
 class StraightThrough(torch.autograd.Function):
-    """E[tokens], with the gradient of `relaxed_embedding_ref` for hidden, weight and bias."""
+    """E[tokens], with the gradient of `straight_through_ref`. Differentiable twice."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        ctx.save_for_backward(*args[:5])
-        ctx.options = args[5]
-        return lookup(args[3], args[4])
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        embedding: Tensor,
+        tokens: Tensor,
+        options: tuple,
+    ) -> Tensor:
+        return lookup(embedding, tokens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options = inputs[5]
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple:
-        saved: Any = ctx.saved_tensors
-        embedding, tokens = saved[3:]
-        noise, *scalars = ctx.options
-        live = (dx != 0).any(-1)
-        up = torch.float64 if dx.dtype == torch.float64 else torch.float32
-        grads: list[Tensor | None] = [None, None, None]
-        at = [k for k in range(3) if ctx.needs_input_grad[k]]
-        with torch.enable_grad():
-            # views: of a tensor that is head and table, only the part of the head is asked for
-            parts: Any = [t if t is None else t.view_as(t) for t in saved[:3]]
-            noise = noise and Noise(noise.seed, noise.sequence[live], noise.position[live])
-            given: tuple = (parts[0][live], *parts[1:], embedding, noise, *scalars)
-            x = relaxed_embedding_ref(*given)
-        if at:
-            twice = torch.is_grad_enabled()
-            wanted = [parts[k] for k in at]
-            found = torch.autograd.grad(x, wanted, dx[live].to(x.dtype), create_graph=twice)
-            for k, g in zip(at, found, strict=True):
-                grads[k] = g
-        table = torch.zeros(embedding.shape, dtype=up, device=dx.device)
-        table = table.index_add(0, tokens, dx.to(up)).to(embedding.dtype)
-        return (*grads, table if ctx.needs_input_grad[3] else None, None, None)
+        hidden, weight, bias, embedding, tokens = ctx.saved_tensors
+        saved = (hidden, weight, bias, embedding)
+        grads = straight_through_ref(*saved, tokens, dx, *ctx.options)
+        needed = zip(grads, saved, ctx.needs_input_grad, strict=False)
+        return (*(g.to(t.dtype) if n else None for g, t, n in needed), None, None)
 
 
 def lookup(embedding: Tensor, tokens: Tensor) -> Tensor:
     """E[tokens]. A token outside [0, V), which only the CPU has looked for, gives a row of NaN."""
-    if tokens.device.type == "cpu":
+    if _check.can_look(tokens.device):
         return embedding[tokens]
     safe = tokens.clamp(0, embedding.shape[0] - 1)
     return embedding[safe].where((safe == tokens)[..., None], torch.nan)
@@ -111,7 +115,6 @@ class NoisyEmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         backend: str,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
@@ -121,10 +124,13 @@ class NoisyEmbeddingFunction(torch.autograd.Function):
         rows: tuple,  # seed, sequence [N], position [N]
         scalars: tuple,
     ) -> Tensor:
-        ctx.ops = operators(backend)
-        ctx.save_for_backward(hidden, weight, bias, embedding, tokens, *rows[1:])
-        ctx.seed, ctx.scalars = rows[0], scalars
         return lookup(embedding, tokens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        backend, *given, (ctx.seed, *rows), ctx.scalars = inputs
+        ctx.save_for_backward(*given, *rows)
+        ctx.ops = operators(backend)
 
     @staticmethod
     @once

@@ -303,8 +303,10 @@ def _advantages(advantages: Tensor, shape: torch.Size, dtype: torch.dtype) -> Te
     a = _check.floating("advantages", advantages).detach().to(dtype)
     if len(shape) == 2 and a.shape in ((shape[0],), (shape[0], 1)):
         return a.reshape(-1, 1).expand(shape)
+    if a.shape == shape:
+        return a
     allowed = f"{list(shape)}" if len(shape) == 1 else f"[{shape[0]}], [{shape[0]}, 1], {[*shape]}"
-    return _check.rows_like("advantages", a, shape, allowed)
+    raise _check.fail("advantages", a, allowed)
 
 
 def _weights(m: Tensor, o: Objective, normalizer: float | Tensor | None) -> Tensor:
