@@ -323,7 +323,8 @@ def test_launches_name_what_the_operators_take():
         launches.launcher = before
     for operator, arguments in given.items():
         schema = getattr(torch.ops.vgkern_triton, operator).default._schema
-        assert len(schema.arguments) == arguments, (operator, arguments, str(schema))
+        least = sum(not a.has_default_value() for a in schema.arguments)
+        assert least <= arguments <= len(schema.arguments), (operator, arguments, str(schema))
 
 
 def test_no_kernel_has_the_name_of_another():
