@@ -12,10 +12,10 @@ INF = tl.constexpr(float("inf"))
 MAX_BLOCK = 4096  # columns at a time
 
 
-def launch(columns, per_thread=16):
+def launch(columns, per_thread=16, most=MAX_BLOCK):
     """Block and warps for rows of this many columns. A thread has at least one column of its own:
     two warps that hold the same element would race in a gradient made in place."""
-    block = min(max(triton.next_power_of_2(columns), 128), MAX_BLOCK)
+    block = min(max(triton.next_power_of_2(columns), 128), most)
     warps = max(block // (32 * per_thread), 1)
     return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 

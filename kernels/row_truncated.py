@@ -62,7 +62,7 @@ def row_truncated_grad(
             _row_kept_grad_kernel[(rows,)](
                 logits, logits.stride(0), flat(bias), flat(targets), *stats, flat(c), flat(e),
                 flat(temperature), *cut, out, out.stride(0), vocab, softcap, ignore_index,
-                SOFTCAP=softcap != 0, **launch(vocab)
+                SOFTCAP=softcap != 0, **launch(vocab, per_thread=8)
             )  # fmt: skip
     return out
 
@@ -79,7 +79,7 @@ def row_cut(logits, bias, targets, temperature, softcap, ignore_index, top_k, to
                 logits, logits.stride(0), flat(bias), flat(targets), flat(temperature), cut, ties,
                 vocab, softcap, ignore_index, top_k, top_p, min_p, TOP_K=top_k > 0,
                 TOP_P=top_p < 1, MIN_P=min_p > 0, SOFTCAP=softcap != 0,
-                **launch(vocab, per_thread=8)
+                **launch(vocab, per_thread=4, most=2048)  # each counts for WAYS cuts at once
             )  # fmt: skip
     return cut, ties
 
@@ -94,7 +94,8 @@ def row_kept_stats(logits, bias, targets, temperature, softcap, ignore_index, cu
         with torch.cuda.device_of(logits):
             _row_kept_stats_kernel[(rows,)](
                 logits, logits.stride(0), flat(bias), flat(targets), flat(temperature), *cut, logp,
-                entropy, lse, vocab, softcap, ignore_index, SOFTCAP=softcap != 0, **launch(vocab)
+                entropy, lse, vocab, softcap, ignore_index, SOFTCAP=softcap != 0,
+                **launch(vocab, per_thread=8)
             )  # fmt: skip
     return logp, entropy, lse
 

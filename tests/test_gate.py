@@ -283,7 +283,9 @@ def test_the_table(monkeypatch, capsys, tmp_path):
     out = tmp_path / "table.json"
     assert doctor.report([90], str(out)) == 0
     shown = capsys.readouterr().out
-    assert "cuda: not compiled: no nvcc" in shown and re.search(r"_a_kernel .*128x2", shown)
+    assert "cuda: not compiled: no nvcc" in shown and re.search(
+        r"^_a_kernel\n  a .* 128$", shown, re.M
+    )
     assert f"triton {triton.__version__}" in shown and '"kernel": "_a_kernel"' in out.read_text()
     rows.append(bad)
     assert doctor.report([90]) == 1 and "BROKEN: spills 8 bytes" in capsys.readouterr().out
@@ -321,7 +323,8 @@ def test_launches_name_what_the_operators_take():
         launches.launcher = before
     for operator, arguments in given.items():
         schema = getattr(torch.ops.vgkern_triton, operator).default._schema
-        assert len(schema.arguments) == arguments, (operator, arguments, str(schema))
+        least = sum(not a.has_default_value() for a in schema.arguments)
+        assert least <= arguments <= len(schema.arguments), (operator, arguments, str(schema))
 
 
 def test_no_kernel_has_the_name_of_another():

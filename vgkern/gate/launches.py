@@ -17,9 +17,12 @@ from vgkern.gate.coverage import KERNELS
 from vgkern.gate.record import Launch
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", F16: "fp16", F32: "fp32"}
 FILES = {  # of the operators that do not have the name of their file
     "linear_logprobs_fwd": "linear_token_logprobs",
     "linear_logprobs_bwd": "linear_token_logprobs",
+    "linear_truncated_logprobs_fwd": "linear_token_logprobs",
+    "linear_truncated_logprobs_bwd": "linear_token_logprobs",
 }
 SEED = 0x1234_5678_9ABC_DEF1
 IGNORE = -100
@@ -36,7 +39,7 @@ class Head(NamedTuple):
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name} {SHORT[self.dtype]}"
 
     def tensors(self, bias: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden, weight, bias."""
@@ -79,7 +82,16 @@ def three(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def launches(only: str = "") -> list[Launch]:
     """All launches, or those of operators whose name starts with `only`."""
-    makers = (_logprobs, _linear, _sample, _policy, _linear_policy, _credit, _continuous)
+    makers = (
+        _logprobs,
+        _linear,
+        _truncated,
+        _sample,
+        _policy,
+        _linear_policy,
+        _credit,
+        _continuous,
+    )
     found = [launch for make in makers for launch in make()]
     there = {path.stem for path in KERNELS.glob("*.py")}
     return [x for x in found if x.operator.startswith(only) and _file(x.operator) in there]
@@ -140,6 +152,27 @@ def _linear() -> Iterator[Launch]:
     yield from case(ODD, False, 0.0, FROZEN_HEAD)
     yield from case(FEW, False, 0.0, ALL)
     yield from case(FEW_ODD, False, 0.0, ALL)
+
+
+def _truncated() -> Iterator[Launch]:
+    def case(head: Head, bias: bool, softcap: float, cut: tuple[int, float, float]) -> list[Launch]:
+        n = head.rows
+
+        def fwd() -> tuple[Any, ...]:
+            return *head.tensors(bias), ids(n), f32(n), softcap, IGNORE, *cut
+
+        def bwd() -> tuple[Any, ...]:
+            stats = (f32(n), f32(n), f32(n))
+            return *head.tensors(bias), ids(n), *stats, softcap, IGNORE, *cut, [True, True, bias]
+
+        label = f"{head}{' bias softcap' if bias else ''}"
+        return [
+            _launch("linear_truncated_logprobs_fwd", label, fwd),
+            _launch("linear_truncated_logprobs_bwd", label, bwd),
+        ]
+
+    yield from case(LLAMA, False, 0.0, (50, 0.95, 0.05))
+    yield from case(ODD, True, 30.0, (0, 0.95, 0.0))
 
 
 def _sample() -> Iterator[Launch]:
@@ -235,7 +268,7 @@ def _continuous() -> Iterator[Launch]:
         def mean() -> Tensor:
             return torch.empty(n, width, dtype=dtype)
 
-        label = f"[{n}, {width}] {str(dtype).removeprefix('torch.')}"
+        label = f"[{n}, {width}] {SHORT[dtype]}"
         return [
             _launch("gaussian_action_fwd", label, lambda: (mean(), mean(), *noise(n))),
             _launch("gaussian_action_bwd", label, lambda: (mean(), f32(n), mean(), *noise(n))),

@@ -24,6 +24,7 @@ from vgkern.ops import _native
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.6.0"  # the oldest Triton that pyproject.toml allows
 JOBS = 2
+WIDTH = 120  # of the table
 
 
 def cache() -> Path:
@@ -111,31 +112,33 @@ def _made_of(version: str) -> str:
 
 
 def text(rows: Iterable[Row]) -> str:
-    """The rows as an aligned table, each broken limit in a line below its row."""
-    head = ("kernel", "launch", "arch", "regs", "spill", "smem", "warps", "occ", "limited by",
-            "tensor cores", "loads (bits x count)")  # fmt: skip
-    lines: list[tuple[str, ...] | str] = [head]
-    for r in sorted(rows, key=lambda r: (r.compiler, r.kernel, r.launch, r.arch)):
-        lines.append((
-            r.kernel, r.launch, str(r.arch), str(r.registers),
-            str(r.spills) + (f"+{r.local}" if r.local else ""), str(r.shared), str(r.warps),
-            f"{r.occupancy:.2f}", r.limited_by, _counts(r.tensor) or "-", _counts(r.loads),
-        ))  # fmt: skip
-        lines += [f"    BROKEN: {problem}" for problem in r.problems]
-    cells = [line for line in lines if not isinstance(line, str)]
-    widths = [max(len(c[i]) for c in cells) for i in range(len(head))]
-    right = {2, 3, 4, 5, 6, 7}
-    return "\n".join(
-        line
-        if isinstance(line, str)
-        else "  ".join(
-            c.rjust(w) if i in right else c.ljust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    """The rows as an aligned table under the name of each kernel, at most WIDTH columns wide; a
+    broken limit is a line below its row. `load` is the widest load of global memory, in bits or by
+    name; the counts of all are in the JSON."""
+    head = ("launch", "arch", "regs", "spill", "smem", "warps", "occ", "tensor", "load")
+    rows = sorted(rows, key=lambda r: (r.compiler, r.kernel, r.launch, r.arch))
+    cells = [_cells(r) for r in rows]
+    widths = [max(len(c[i]) for c in [head, *cells]) for i in range(len(head))]
+    widths[0] = min(widths[0], WIDTH - 2 - sum(w + 2 for w in widths[1:]))
+    lines, kernel = [_line(head, widths)], ""
+    for row, line in zip(rows, cells, strict=True):
+        if row.kernel != kernel:
+            lines.append(kernel := row.kernel)
+        lines.append(_line(line, widths))
+        lines += [f"    BROKEN: {problem}" for problem in row.problems]
+    return "\n".join(lines)
 
 
-def _counts(found: dict[str, int]) -> str:
-    order = sorted(found, key=lambda k: (not k.isdigit(), -int(k) if k.isdigit() else 0, k))
-    return " ".join(f"{k}x{found[k]}" for k in order)
+def _cells(r: Row) -> tuple[str, ...]:
+    spill = str(r.spills) + (f"+{r.local}" if r.local else "")
+    figures = (r.arch, r.registers, spill, r.shared, r.warps, f"{r.occupancy:.2f}")
+    tensor = max(r.tensor, key=lambda t: r.tensor[t], default="-")
+    named = [name for name in r.loads if not name.isdigit()]
+    widest = max((name for name in r.loads if name.isdigit()), key=int, default="-")
+    return r.launch, *map(str, figures), tensor, named[0] if named else widest
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    launch, *rest = (c[:w] for c, w in zip(cells, widths, strict=True))
+    figures = [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
+    return "  ".join(["  " + launch.ljust(widths[0]), *figures])
