@@ -18,8 +18,8 @@ VG_DEVICE Row<T> row_of(const RowTruncatedArgs& a, int64_t i, char* shared) {
           t == 0.f ? 1.f : 1.f / t, shared};
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) row_cut_kernel(RowTruncatedArgs a) {
+template <class T>  // one block is enough: with more in mind, ptxas spills
+__global__ void __launch_bounds__(kMaxThreads, 1) row_cut_kernel(RowTruncatedArgs a) {
   static_assert(sizeof(Best) <= sizeof(Sums), "shared memory for the largest of them");
   VG_SHARED(Slots<Sums>, shared);
   for (int64_t i = blockIdx.x; i < a.logits.rows; i += gridDim.x) {

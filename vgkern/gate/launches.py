@@ -20,6 +20,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 FILES = {  # of the operators that do not have the name of their file
     "linear_logprobs_fwd": "linear_token_logprobs",
     "linear_logprobs_bwd": "linear_token_logprobs",
+    "linear_truncated_logprobs_fwd": "linear_token_logprobs",
+    "linear_truncated_logprobs_bwd": "linear_token_logprobs",
 }
 SEED = 0x1234_5678_9ABC_DEF1
 IGNORE = -100
@@ -79,7 +81,16 @@ def three(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def launches(only: str = "") -> list[Launch]:
     """All launches, or those of operators whose name starts with `only`."""
-    makers = (_logprobs, _linear, _sample, _policy, _linear_policy, _credit, _continuous)
+    makers = (
+        _logprobs,
+        _linear,
+        _truncated,
+        _sample,
+        _policy,
+        _linear_policy,
+        _credit,
+        _continuous,
+    )
     found = [launch for make in makers for launch in make()]
     there = {path.stem for path in KERNELS.glob("*.py")}
     return [x for x in found if x.operator.startswith(only) and _file(x.operator) in there]
@@ -156,6 +167,26 @@ def _sample() -> Iterator[Launch]:
     yield case("top_k top_p min_p", LLAMA, 256, False, 0.0, (50, 0.95, 0.05))
     yield case("top_p", SMOL, 64, False, 0.0, (0, 0.95, 0.0))
     yield case("bias softcap", ODD, 1, True, 30.0, (0, 1.0, 0.0))
+
+
+def _truncated() -> Iterator[Launch]:
+    def case(head: Head, bias: bool, softcap: float, cut: tuple[int, float, float]) -> list[Launch]:
+        n = head.rows
+
+        def fwd() -> tuple[Any, ...]:
+            return *head.tensors(bias), ids(n), f32(n), softcap, IGNORE, *cut
+
+        def bwd() -> tuple[Any, ...]:
+            rows = (ids(n), f32(n), f32(n), f32(n))
+            return *head.tensors(bias), *rows, softcap, IGNORE, *cut, ALL
+
+        return [
+            _launch("linear_truncated_logprobs_fwd", f"{head} {cut}", fwd),
+            _launch("linear_truncated_logprobs_bwd", f"{head} {cut}", bwd),
+        ]
+
+    yield from case(LLAMA, False, 0.0, (50, 0.95, 0.05))
+    yield from case(ODD, True, 30.0, (0, 0.95, 0.0))
 
 
 def _policy() -> Iterator[Launch]:
