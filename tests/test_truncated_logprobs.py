@@ -18,6 +18,8 @@ CUTS = [
     {k: v for k, v in zip(("top_k", "top_p", "min_p"), values, strict=True) if v is not None}
     for values in itertools.product((None, 40), (None, 0.9), (None, 0.02))
 ]
+if INTERPRETED:
+    CUTS = [CUTS[0], CUTS[2], CUTS[7]]
 N = 4 if INTERPRETED else 70  # more than one block of 64 rows
 
 
@@ -35,7 +37,7 @@ def noise(n=N):
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("temperature", ["rows", 0.7, 0.0])
+@pytest.mark.parametrize("temperature", ["rows"] if INTERPRETED else ["rows", 0.7, 0.0])
 def test_the_score_of_a_sample_is_its_logp_to_the_bit(backend, cut, temperature):
     x = model(bias="blocked", softcap=8.0)
     x.pop("targets")
@@ -92,7 +94,7 @@ def test_the_cut_keeps_what_a_full_sort_keeps(backend):
     g = torch.Generator().manual_seed(0)
     sizes, most = ((1, 5, 64, 2003), (None, 1, 7, 300, 1900))
     if INTERPRETED:
-        sizes, most = (5, 603), (None, 7, 590)
+        sizes, most = (603,), (None, 590)
     for v, top_k, top_p, min_p in itertools.product(
         sizes, most, (None, 0.3, 0.999999), (None, 1e-3)
     ):
@@ -222,7 +224,9 @@ def test_second_derivative_raises_on_native(backend):
         g.sum().backward()
 
 
-@pytest.mark.parametrize("target", [1035, -1, 1036, 2**40, -(2**63)])
+@pytest.mark.parametrize(
+    "target", [1035, 2**40] if INTERPRETED else [1035, -1, 1036, 2**40, -(2**63)]
+)
 def test_ids_below_the_public_functions(target, backend):
     """V is elsewhere, anything else NaN; no gradient, no read out of bounds."""
     if backend == "torch":
@@ -282,7 +286,9 @@ def test_operators_are_well_formed():
 
 
 def test_same_bits_at_any_thread_count(backend, threads):
-    x = model(n=5 if INTERPRETED else 150)
+    if INTERPRETED:
+        pytest.skip("the interpreter has one thread")
+    x = model(n=150)
     outs = []
     for count in (1, 2, 2):
         threads(count)
