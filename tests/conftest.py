@@ -32,6 +32,7 @@ def emulate_cuda() -> None:
         pytest.skip(f"the CUDA kernels cannot be emulated: {why}")
     os.environ["VGKERN_CUDA_LIBRARY"] = str(emulation.build())
 
+
 if INTERPRETED:  # before any kernel is imported
     import interpreter
 
