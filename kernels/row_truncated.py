@@ -73,13 +73,14 @@ def row_cut(logits, bias, targets, temperature, softcap, ignore_index, top_k, to
     cut = torch.empty(rows, dtype=torch.float32, device=logits.device)
     ties = torch.empty(rows, dtype=torch.int32, device=logits.device)
     top_k = top_k if 0 < top_k < vocab else 0
+    tile = launch(vocab, per_thread=8)
+    tile["BLOCK"] = max(tile["BLOCK"] // 2, 128)  # a thread has WAYS counts and sums for a column
     if rows:
         with torch.cuda.device_of(logits):
             _row_cut_kernel[(rows,)](
                 logits, logits.stride(0), flat(bias), flat(targets), flat(temperature), cut, ties,
                 vocab, softcap, ignore_index, top_k, top_p, min_p, TOP_K=top_k > 0,
-                TOP_P=top_p < 1, MIN_P=min_p > 0, SOFTCAP=softcap != 0,
-                **launch(vocab, per_thread=8)
+                TOP_P=top_p < 1, MIN_P=min_p > 0, SOFTCAP=softcap != 0, **tile
             )  # fmt: skip
     return cut, ties
 
@@ -94,7 +95,8 @@ def row_kept_stats(logits, bias, targets, temperature, softcap, ignore_index, cu
         with torch.cuda.device_of(logits):
             _row_kept_stats_kernel[(rows,)](
                 logits, logits.stride(0), flat(bias), flat(targets), flat(temperature), *cut, logp,
-                entropy, lse, vocab, softcap, ignore_index, SOFTCAP=softcap != 0, **launch(vocab)
+                entropy, lse, vocab, softcap, ignore_index, SOFTCAP=softcap != 0,
+                **launch(vocab, per_thread=8)
             )  # fmt: skip
     return logp, entropy, lse
 
