@@ -10,6 +10,8 @@ from oracle import EAGER, fp64, measure, outputs, run
 
 import vgkern
 from vgkern import case_inputs, cases
+from vgkern.ops._library import operators
+from vgkern.ops._vocab_parallel import combine
 
 OP = "linear_token_logprobs"
 NAMES = ("hidden", "weight", "bias")
@@ -227,6 +229,55 @@ def test_ranks(tmp_path):
             for process in started.processes:
                 process.kill()
             pytest.fail("the ranks hang")
+
+
+def pair(rank, store, backend):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2,
+        timeout=datetime.timedelta(seconds=100),
+    )  # fmt: skip
+    options = {"bias": "blocked", "temperature": 0.7}
+    check_case(("pair", (6,), 16, 37, BF16, options), backend, dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_a_pair_of_ranks(backend, tmp_path):
+    if backend in ("torch", "cpu"):
+        pytest.skip("among the ranks above")
+    torch.multiprocessing.spawn(pair, (tmp_path / "store", backend), nprocs=2)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_shards_by_hand(backend, dtype):
+    """The operators with global statistics and targets elsewhere, against the head in one piece."""
+    if backend == "torch":
+        pytest.skip("no operators")
+    ops, scalars, vocab, cut = operators(backend), (0.7, 5.0, -100), 61, 20
+    x, _, _ = case_inputs.head((8,), 16, vocab, dtype, 0, bias="blocked")
+    h, w, b, y = (x[k] for k in ("hidden", "weight", "bias", "targets"))
+    b = b.float()
+    y[0], y[1], y[2], h[2] = 3, 60, -100, torch.nan
+    b[3] = b[60] = 0
+    up = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    whole = ops.linear_logprobs_fwd(h, w, b, y, *scalars)
+    want = ops.linear_logprobs_bwd(h, w, b, y, *whole, *up, *scalars, [True] * 3, True)
+    stats, grads = [], []
+    for at in slice(0, cut), slice(cut, vocab):
+        size = at.stop - at.start
+        local = (y - at.start).where((y >= at.start) & (y < at.stop), size)
+        head = (h, w[at], b[at], local.where(y != -100, -100))
+        stats.append(torch.stack(ops.linear_logprobs_fwd(*head, *scalars)))
+        grads.append(ops.linear_logprobs_bwd(*head, *whole, *up, *scalars, [True] * 3, True))
+    merged = combine(*torch.stack(stats, 1), (y >= cut).long())
+    for a, c in zip(merged, whole, strict=True):
+        torch.testing.assert_close(a.where(y != -100, 0), c, rtol=1e-5, atol=1e-5)
+    assert grads[0][0].dtype == F32 and grads[0][1].dtype == dtype
+    loose = {F32: 1e-5, BF16: 2e-2, F16: 2e-3}[dtype]
+    torch.testing.assert_close(grads[0][0] + grads[1][0], want[0], rtol=loose, atol=loose)
+    for k in (1, 2):
+        put = torch.cat([grads[0][k], grads[1][k]])
+        torch.testing.assert_close(put, want[k], rtol=loose, atol=loose)
 
 
 def test_without_a_process_group():
