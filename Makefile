@@ -15,6 +15,10 @@ PYTHON ?=
 ARGS ?=
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,parity interpreter autograd compile \
+  reliability regressions truncated_logprobs gaussian_action costate_scan linear_rollout \
+  noisy_embedding linear_divergence))
+
 # A stamp is named by what it stands for, so that a change of content, and only that, makes it old.
 hash = $(shell (echo '$(CURDIR)'; cat $(1)) | cksum | cut -d' ' -f1)
 SETUP := $(call hash,pyproject.toml constraints.txt)
@@ -44,10 +48,15 @@ train: $(TRAIN_STAMP)
 	@$(native) || export VGKERN_BACKEND="$${VGKERN_BACKEND:-torch}"; \
 	exec $(PY) -m vgkern train $(ARGS)
 
+# Triton's interpreter needs a process of its own: it runs beside the others and is shown last.
 test: lint
 	@$(native) || true
-	@echo '== pytest'
-	@$(PY) -m pytest $(ARGS)
+	@echo '== pytest: torch, cpu, cuda emulated, compile gates; beside it Triton, interpreted'
+	@log=$$(mktemp); TRITON_INTERPRET=1 $(PY) -m pytest -p no:cacheprovider $(INTERPRETED) $(ARGS) \
+	  >"$$log" 2>&1 & other=$$!; \
+	$(PY) -m pytest $(ARGS); one=$$?; \
+	echo '== pytest: Triton, interpreted'; wait $$other; two=$$?; cat "$$log"; rm -f "$$log"; \
+	none=5; test $$one = $$none && one=0; test $$two = $$none && two=0; test $$one$$two = 00
 
 lint: $(TEST_STAMP)
 	@echo '== ruff'
