@@ -23,7 +23,7 @@ CONFIGS = {
     (2, "odd"): (64, 64, 32, 8, 2),  # H off 16: scalar loads; more of a tile a thread spills
     (4, "few"): (32, 64, 32, 4, 3),
     (4, "many"): (64, 64, 32, 4, 3),
-    (4, "odd"): (64, 64, 32, 8, 3),
+    (4, "odd"): (64, 64, 32, 8, 2),
 }
 
 
