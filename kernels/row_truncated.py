@@ -73,8 +73,8 @@ def row_cut(logits, bias, targets, temperature, softcap, ignore_index, top_k, to
     cut = torch.empty(rows, dtype=torch.float32, device=logits.device)
     ties = torch.empty(rows, dtype=torch.int32, device=logits.device)
     top_k = top_k if 0 < top_k < vocab else 0
-    tile = launch(vocab, per_thread=8)
-    tile["BLOCK"] = max(tile["BLOCK"] // 2, 128)  # a thread has WAYS counts and sums for a column
+    tile = launch(vocab, per_thread=4)  # a thread has WAYS counts and sums for each of its columns
+    tile.update(BLOCK=min(tile["BLOCK"], 2048), num_warps=min(tile["num_warps"], 16))
     if rows:
         with torch.cuda.device_of(logits):
             _row_cut_kernel[(rows,)](
