@@ -20,7 +20,6 @@ from oracle import check
 from vgkern.kernels import (
     group_advantages,
     linear,
-    linear_policy_loss,
     linear_token_logprobs,
     objective,
     policy_loss,
@@ -377,7 +376,7 @@ MUTATIONS = {
         "policy_loss-gspo", policy_loss, "ratio_share",
         _wrapped(lambda f, *a: f(*a) * 0.98)),
     "linear_policy_loss: no entropy gradient": (
-        "linear_policy_loss-full-bias", linear_policy_loss, "policy_terms",
+        "linear_policy_loss-full-bias", policy_loss, "policy_terms",
         _wrapped(lambda f, *a: (lambda c, e, p: (c, 0 * e, p))(*f(*a)))),
     "linear_sample: noise of another seed": (
         "linear_sample-h7-v31", rows, "row_sample",
