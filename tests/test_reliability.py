@@ -6,6 +6,8 @@ test_native.py too, where the builds are.
 
 import multiprocessing
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import conftest
@@ -364,3 +366,35 @@ def test_r24_use_after_fork():
     assert queue.get(timeout=30) == pytest.approx(want)
     child.join(10)
     assert child.exitcode == 0
+
+
+PEAK = """
+import torch, vgkern
+from pathlib import Path
+def resident(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+def run(n, h, v):
+    x, w = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
+    y, a = torch.randint(v, (n,)), torch.randn(n)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    loss = vgkern.linear_policy_loss(x, w, y, a, objective="dapo", backend="cpu").loss
+    loss.backward()
+    return resident("VmHWM") - before
+run(8, 16, 64)
+print(run(4096, 64, 30000))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_r26_peak_memory_is_what_is_promised():
+    """A block of at most 150 MiB of logits, the gradients, and 40 MiB; [N, V] would be 469 MiB."""
+    if conftest.INTERPRETED:
+        pytest.skip("the cpu backend is another run's")
+    conftest.skip_unless_runs("cpu")
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    gradients = 2 * 4 * (4096 + 30000) * 64 / 2**20
+    assert float(done.stdout.split()[-1]) < 150 + gradients + 40
