@@ -390,6 +390,18 @@ inline vf raw_grad(const Column& c, const TwoRows& r, float k, float e) {
   return c.p * s + k * (a <= 1.f ? c.p * (c.d - c.d * c.d * excess(-c.d)) : c.p - c.q);
 }
 
+int64_t row_argmax(const float* z, int64_t n) {
+  constexpr int64_t kSpan = 1024;
+  int64_t at = 0;
+  float m = -kInf;
+  for (int64_t j = 0; j < n; j += kSpan) {
+    const float x = row_max(z + j, std::min(kSpan, n - j));
+    if (x > m) m = x, at = j;
+  }
+  while (at < n - 1 && z[at] != m) ++at;
+  return at;
+}
+
 void divergence_grad(float* z, const float* t, int64_t n, const TwoRows& r, float k, float e,
                      float scale) {
   vf sum = vset(0.f), dot = sum;
@@ -398,15 +410,20 @@ void divergence_grad(float* z, const float* t, int64_t n, const TwoRows& r, floa
     return Column(whole ? load(z + j) : load_part(z + j, n - j, -kInf),
                   whole ? load(t + j) : load_part(t + j, n - j, -kInf), r);
   };
+  // Relative to the likeliest id: where p -> 1 nearly all of its slope cancels, here exactly.
+  const int64_t top = row_argmax(z, n);
+  const Column likely = column(top / W * W);
+  const float p = likely.p[top % W];
+  const vf centre = vset(p > 0.f ? raw_grad(likely, r, k, e)[top % W] / p : 0.f);
   for (int64_t j = 0; j < n; j += W) {
     const Column c = column(j);
     sum += c.p;
-    dot += raw_grad(c, r, k, e);
+    dot += raw_grad(c, r, k, e) - c.p * centre;
   }
   const vf mean = vset(hsum(dot) / hsum(sum));  // the gradient sums to 0: an error of lse drops out
   for (int64_t j = 0; j < n; j += W) {
     const Column c = column(j);
-    const vf g = (raw_grad(c, r, k, e) - c.p * mean) * scale;
+    const vf g = (raw_grad(c, r, k, e) - c.p * centre - c.p * mean) * scale;
     if (j + W <= n)
       store(z + j, g);
     else

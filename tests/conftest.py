@@ -64,10 +64,10 @@ def skip_unless_runs(backend: str) -> None:
 def backend(request):
     """Each backend in turn; skips where it cannot run."""
     skip_unless_runs(request.param)
-    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
-    op = name.partition("-")[0] if name else request.module.__name__.removeprefix("test_")
-    if (op, request.param) in LACKS:
-        pytest.skip(f"{op} has no kernels for {request.param}")
+    name = request.node.callspec.params.get("name", "")
+    for op in (str(name).partition("-")[0], request.module.__name__.removeprefix("test_")):
+        if (op, request.param) in LACKS:
+            pytest.skip(f"{op} has no kernels for {request.param}")
     return request.param
 
 

@@ -1,5 +1,8 @@
 """torch.compile, opcheck, autocast and torch.func over every op, by its cases."""
 
+import subprocess
+import sys
+
 import conftest
 import pytest
 import torch
@@ -45,6 +48,21 @@ def test_fullgraph(name, backend):
         torch.testing.assert_close(got[k], want[k], rtol=1e-6, atol=1e-6)
     for k in dwant:
         torch.testing.assert_close(dgot[k], dwant[k], rtol=1e-5, atol=1e-6)
+
+
+FIRST = """
+import torch, vgkern
+def logp(z, y):
+    return vgkern.token_logprobs(z, y).logp
+f = torch.compile(logp, fullgraph=True, backend="aot_eager")
+print(f(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)))
+"""
+
+
+def test_the_first_call_may_be_a_compiled_one():
+    """The kernels are found and loaded while the compiler traces."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    assert done.returncode == 0 and "-1.386" in done.stdout, done.stderr[-2000:]
 
 
 def repeated(x, n):

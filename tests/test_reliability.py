@@ -185,15 +185,13 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_r09_layouts(layout, backend):
     h, w, y, _ = head()
-    for x in (LAYOUTS[layout](h),):
-        plain = x.contiguous().requires_grad_()
-        given = x.detach().requires_grad_()
-        a = vgkern.linear_token_logprobs(plain, w, y, backend=backend).logp
-        b = vgkern.linear_token_logprobs(given, w, y, backend=backend).logp
-        assert torch.equal(a, b)
-        assert torch.equal(
-            *(torch.autograd.grad(o.sum(), i)[0] for o, i in ((a, plain), (b, given)))
-        )
+    x = LAYOUTS[layout](h)
+    plain, given = x.contiguous().requires_grad_(), x.detach().requires_grad_()
+    both = [vgkern.linear_token_logprobs(i, w, y, backend=backend).logp for i in (plain, given)]
+    grads = [torch.autograd.grad(o.sum(), i)[0] for o, i in zip(both, (plain, given), strict=True)]
+    exact = backend != "torch"  # the reference leaves its products to the vendor
+    for a, b in (both, grads):
+        assert torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_r10_inputs_keep_their_bytes(backend):

@@ -59,7 +59,6 @@ def _automatic(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     return "torch" if why else name
 
 
-@torch.compiler.assume_constant_result
 def _missing(name: str, device: torch.device) -> str | None:
     """Why `name` cannot run on tensors of `device`, with the remedy; None where it can."""
     if name == "cpu":
@@ -73,6 +72,11 @@ def _missing(name: str, device: torch.device) -> str | None:
     if name == "triton":
         return _triton_missing(device)
     return _cuda_missing(device)
+
+
+# A compiler asks once, while it traces, and keeps the answer: what
+# torch.compiler.assume_constant_result sets, without its import of Dynamo (and Triton).
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_missing(device: torch.device) -> str | None:
