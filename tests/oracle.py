@@ -177,4 +177,15 @@ def upstream(case, out):
 
 
 def dtypes(case, backend):
-    return [d for d in case.dtypes if d != torch.float64 or backend == "torch"]
+    """fp64 is the reference's. An emulated backend has fp16 in one case per op: its conversions are
+    the same code everywhere, and an interpreter takes seconds where a kernel takes microseconds."""
+    if backend == "torch":
+        return case.dtypes
+    slow = backend in ("triton", "cuda") and str(case) not in HALF
+    return [d for d in case.dtypes if d != torch.float64 and not (slow and d == torch.float16)]
+
+
+HALF = ("token_logprobs-v1035-ignore", "linear_token_logprobs-h123-v1035-all",
+        "linear_token_logprobs-all-cuts", "linear_policy_loss-full-bias", "linear_sample-all-cuts",
+        "gaussian_action-n7-3d", "costate_scan-n33-done", "linear_rollout-n4-shared",
+        "noisy_embedding-h123-v1035-all", "linear_divergence-h123-v1035-jsd")  # fmt: skip

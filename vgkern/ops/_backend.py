@@ -28,7 +28,7 @@ class BackendError(RuntimeError):
 
 def choose(requested: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
     """The backend for tensors of these dtypes on `device`: one of BACKENDS."""
-    name = requested or _forced.get() or os.environ.get("VGKERN_BACKEND") or None
+    name = requested or _asked()
     if name is None:
         return _automatic(device, dtypes)
     if name not in BACKENDS:
@@ -45,6 +45,10 @@ def choose(requested: str | None, device: torch.device, *dtypes: torch.dtype) ->
     if why:
         raise BackendError(f"backend {name!r}: {why}")
     return name
+
+
+def _asked() -> str | None:
+    return _forced.get() or os.environ.get("VGKERN_BACKEND") or None
 
 
 def _automatic(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
@@ -74,8 +78,9 @@ def _missing(name: str, device: torch.device) -> str | None:
     return _cuda_missing(device)
 
 
-# A compiler asks once, while it traces, and keeps the answer: what
+# A compiler asks once, while it traces, and keeps the answers: what
 # torch.compiler.assume_constant_result sets, without its import of Dynamo (and Triton).
+_asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
