@@ -92,7 +92,7 @@ def test_dynamic_shapes(name, backend):
     graphs = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(plain, fullgraph=True, backend=graphs, dynamic=True)
     with torch.no_grad():
-        for n in (2, 3, 5):
+        for n in (2, 3, 5) if backend in ("torch", "cpu") else (1, 2):  # emulated: slow
             x = repeated(case.make(torch.float32, 0), n)
             got, want = compiled(**x), plain(**x)
             for k in want:

@@ -328,7 +328,7 @@ def test_r20_mixed_devices_are_refused():
 
 def test_r22_the_sampler_is_unbiased_and_never_draws_the_impossible(backend):
     """Chi-square over 20,000 draws of 6 ids and one blocked id, at a fixed seed: p > 1e-3."""
-    n = 20_000 if backend in ("torch", "cpu") else 2_000
+    n = 20_000 if backend in ("torch", "cpu") else 500
     p = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04, 0.0])
     noise = vgkern.Noise(11, torch.arange(n), torch.tensor(3))
     out = vgkern.linear_sample(torch.ones(n, 1), p.log()[:, None], noise, backend=backend)
