@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import vgkern
 from vgkern import Objective, case_inputs, objectives
@@ -145,3 +146,16 @@ def test_second_derivative_raises_on_native(backend):
     (g,) = torch.autograd.grad(loss, h, create_graph=True)
     with pytest.raises(RuntimeError):
         g.sum().backward()
+
+
+def test_backward_makes_no_second_head_gradient(backend):
+    """The forward's dW is scaled in place and given away: no copy, no zeros of that size."""
+    if backend == "torch":
+        pytest.skip("plain autograd makes its gradients in backward")
+    h, w, y, _ = batch(v=2000)
+    w.requires_grad_()
+    loss = vgkern.linear_policy_loss(h, w, y, torch.randn(6), backend=backend).loss
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        loss.backward()
+    assert w.grad.any()
+    assert max(e.self_cpu_memory_usage for e in seen.events()) < w.nbytes

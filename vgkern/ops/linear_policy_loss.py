@@ -83,6 +83,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets, *rows)
         ctx.options, ctx.made, ctx.ops = (*scalars, o.pack(), needs), output[3:], operators(backend)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else autograd fills zeros [V, H] for the gradients here
 
     @staticmethod
     @once
