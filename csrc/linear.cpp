@@ -4,6 +4,8 @@
 #include <cstring>
 #include <mutex>
 
+#include "sparse.h"
+
 namespace vgkern {
 
 namespace {
@@ -128,8 +130,9 @@ Tensor head_tile(const Head& head, int64_t v0, int64_t n, std::vector<float>& sp
 }
 
 LinearRows::LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active,
-                       const PerRow* per_row)
-    : head_(head), targets_(targets), active_(std::move(active)), per_row_(per_row) {
+                       const PerRow* per_row, Sparse* sparse)
+    : head_(head), targets_(targets), active_(std::move(active)), per_row_(per_row),
+      sparse_(sparse) {
   const int64_t r = int64_t(active_.size());
   dense_ = r == head.n;
   pairs_ = head.dtype == kBF16 && gemm().bf16;
@@ -345,9 +348,10 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   if (g.need[0])
     dh = direct ? g.dhidden.narrow(0, k.rows[0], live)
                 : view(room(space_->dhidden, chunk_ * h), height, h);
-  for (int64_t t = 0; t < tiles_; ++t) {
+  auto tile = [&](int64_t t) { return space_->block.data() + t * chunk_ * tile_; };
+  auto differentiate = [&](int64_t t, uint16_t* half) {  // z becomes dz
     const int64_t v0 = t * tile_, n = std::min(tile_, head_.v - v0);
-    float* block = space_->block.data() + t * chunk_ * tile_;
+    float* block = tile(t);
     for_rows(live, [&](int64_t d) {
       const Transform tr = transform_of(k.rows[source[d]]);
       const float* z = block + source[d] * n;
@@ -357,14 +361,17 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
       const float zy = here ? z[y] : 0.f;
       rows().grad(z, block + d * n, n, r.lse, coef[d].a, coef[d].b, tr);
       if (here) block[d * n + y] = target_grad(coef[d], zy, tr);
-      if (pairs_) rows().narrow(kBF16, block + d * n, dz16 + d * n, n);
+      if (half) rows().narrow(kBF16, block + d * n, half + d * n, n);
     });
+  };
+  auto multiply = [&](int64_t t) {
+    const int64_t v0 = t * tile_, n = std::min(tile_, head_.v - v0);
+    float* block = tile(t);
     std::fill(block + live * n, block + height * n, 0.f);
     if (pairs_) {
       std::fill(dz16 + live * n, dz16 + height * n, uint16_t(0));
       backward16(view16(dz16, height, n), v0, t == 0, dh, g);
-      add_bias(block, live, v0, n, g);
-      continue;
+      return;
     }
     Tensor dz = view(block, live, n);
     if (g.need[0]) {
@@ -381,7 +388,29 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
       else
         at::addmm_out(dw, dw, dz.t(), hidden_);
     }
-    add_bias(block, live, v0, n, g);
+  };
+  auto bias = [&](int64_t t) {
+    const int64_t v0 = t * tile_;
+    add_bias(tile(t), live, v0, std::min(tile_, head_.v - v0), g);
+  };
+  bool done = false;
+  if (sparse_ && (g.need[0] || g.need[1])) {
+    float* lean = room(space_->e, chunk_);  // e is in coef
+    for (int64_t d = 0; d < live; ++d) lean[d] = coef[d].a - 12 * coef[d].b < 0.f ? -1.f : 1.f;
+    for (int64_t t = 0; t < tiles_; ++t) differentiate(t, nullptr), bias(t);
+    if (g.need[1] && g.first) g.dweight.zero_();
+    g.first = false;
+    done = sparse_->chunk(space_->block.data(), chunk_ * tile_, tile_, live, lean, hidden_,
+                          g.need[0] ? &dh : nullptr, g.need[1] ? &g.dweight : nullptr);
+    for (int64_t t = 0; !done && t < tiles_; ++t) {
+      const int64_t n = std::min(tile_, head_.v - t * tile_);
+      if (pairs_)
+        for_rows(live, [&](int64_t d) { rows().narrow(kBF16, tile(t) + d * n, dz16 + d * n, n); });
+      multiply(t);
+    }
+    if (!done && g.need[0]) sparse_->dense(dh.narrow(0, 0, live));
+  } else {
+    for (int64_t t = 0; t < tiles_; ++t) differentiate(t, dz16), multiply(t), bias(t);
   }
   g.first = false;
   if (g.need[0] && !direct)

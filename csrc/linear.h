@@ -49,10 +49,12 @@ struct PerRow {
   }
 };
 
+struct Sparse;
+
 class LinearRows {
  public:
   LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active,
-             const PerRow* per_row = nullptr);
+             const PerRow* per_row = nullptr, Sparse* sparse = nullptr);
   ~LinearRows();
   // For every chunk: logits, statistics, then `use(chunk)`, which fills c and e (dl/dlogp,
   // dl/dentropy of each block row) when gradients are wanted. `known`: `use` fills the statistics
@@ -75,8 +77,9 @@ class LinearRows {
   const int64_t* targets_;
   std::vector<int64_t> active_;
   const PerRow* per_row_;
-  bool dense_;  // the active rows are all rows, in order
-  bool pairs_;  // bf16 stays bf16: this CPU multiplies its pairs faster than floats
+  Sparse* sparse_;  // null: dense products
+  bool dense_;      // the active rows are all rows, in order
+  bool pairs_;      // bf16 stays bf16: this CPU multiplies its pairs faster than floats
   int64_t chunk_, tile_, tiles_;
   std::unique_ptr<Space> space_;
   Tensor hidden_;  // [count, H] of the current chunk, fp32 (bf16 if pairs_)

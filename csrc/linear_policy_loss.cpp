@@ -1,9 +1,10 @@
 #include "linear.h"
 #include "objective.h"
+#include "sparse.h"
 
 namespace vgkern {
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd(
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_loss_fwd(
     const Tensor& hidden,      // [N, H]
     const Tensor& weight,      // [V, H]
     const OptTensor& bias,     // [V]
@@ -11,7 +12,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
     const Tensor& advantages,  // [N]
     const Tensor& row_weight,  // [N], 0 where masked
     const OptTensor& old_logp, const OptTensor& ref_logp, const OptTensor& sampler_logp,  // [N]
-    double temperature, double softcap, c10::List<double> knobs, c10::List<bool> needs) {
+    double temperature, double softcap, c10::List<double> knobs, c10::List<bool> needs,
+    double sparse_tol) {
   Head head(hidden, weight, bias, temperature, softcap);
   const Objective o(knobs);
   TORCH_CHECK(o.row_local(), "vgkern: a sequence-level objective needs all rows");
@@ -35,7 +37,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
     if (w[i] != 0.f && (o.always_active() || adv[i] != 0.f)) active.push_back(i);
   }
   n.active = double(active.size());
-  LinearRows run(head, y, std::move(active));
+  std::optional<Sparse> sparse;
+  if (sparse_tol > 0 && (flags[0] || flags[1]))
+    sparse.emplace(head, sparse_tol, head.dtype == kBF16 && gemm().bf16);
+  LinearRows run(head, y, std::move(active), nullptr, sparse ? &*sparse : nullptr);
   run.run(grads.any() ? &grads : nullptr, [&](Chunk& k, float* c, float* e) {
     for (int64_t i = 0; i < k.count; ++i) {
       const int64_t r = k.rows[i];
@@ -54,7 +59,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
   });
   n.write(counts.data_ptr<float>());
   auto [dh, dw, db] = grads.finish(head, bias, false);
-  return {at::full({}, loss, f32), logp, counts, dh, dw, db};
+  Tensor report = sparse ? sparse->report() : at::empty({0}, f32);
+  return {at::full({}, loss, f32), logp, counts, dh, dw, db, report};
 }
 
 TORCH_LIBRARY_IMPL(vgkern, CPU, m) { m.impl("linear_policy_loss_fwd", &linear_policy_loss_fwd); }

@@ -194,8 +194,8 @@ def _fake(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
 define(
     "linear_policy_loss_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
     "Tensor advantages, Tensor row_weight, Tensor? old_logp, Tensor? ref_logp, "
-    "Tensor? sampler_logp, float temperature, float softcap, float[] objective, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? sampler_logp, float temperature, float softcap, float[] objective, bool[] needs, "
+    "float sparse_tol=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     kernels="linear_policy_loss",
 )
