@@ -2,7 +2,7 @@
 
     python examples/linear_quadratic.py --out runs/linear_quadratic
 
-    s_{t+1} = A s_t + B a_t      a_t = K s_t + sigma eps_t      J = E[sum_t s'Qs + a'Ra  +  s_T'Qs_T]
+    s_{t+1} = A s_t + B a_t      a_t = K s_t + sigma eps_t      J = E[sum_t s'Qs + a'Ra + s_T'Qs_T]
 
 State and action move together, z = (a, s), so that the noise is `linear_rollout`'s own:
 
@@ -95,20 +95,20 @@ def costates(system: System, gain: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def riccati(system: System, gain: Tensor, sigma: float, steps: int) -> tuple[Tensor, Tensor]:
-    """(P [T + 1, n, n], c [T + 1]): the value of the policy `gain` is V_t(s) = s'P_t s + c_t."""
+    """(P [T + 1, ..., n, n], c [T + 1, ...]) of gains [..., m, n]: V_t(s) = s'P_t s + c_t."""
     M, G = system.A + system.B @ gain, system.Q + gain.mT @ system.R @ gain
-    P, c = [system.Q], [system.Q.new_zeros(())]
+    P, c = [system.Q.expand(G.shape)], [G.new_zeros(G.shape[:-2])]
     for _ in range(steps):
         push = system.R + system.B.mT @ P[0] @ system.B
-        c.insert(0, c[0] + sigma**2 * push.trace())
+        c.insert(0, c[0] + sigma**2 * push.diagonal(dim1=-2, dim2=-1).sum(-1))
         P.insert(0, G + M.mT @ P[0] @ M)
     return torch.stack(P), torch.stack(c)
 
 
 def expected_cost(system: System, gain: Tensor, sigma: float, steps: int) -> Tensor:
-    """J of starts s_0 ~ N(0, 1)."""
+    """J [...] of gains [..., m, n] and starts s_0 ~ N(0, 1)."""
     P, c = riccati(system, gain, sigma, steps)
-    return P[0].diagonal().sum() + c[0]
+    return P[0].diagonal(dim1=-2, dim2=-1).sum(-1) + c[0]
 
 
 BASELINES = ("exact value", "reward-to-go", "whole return")
@@ -127,14 +127,16 @@ def losses(
     value: tuple[Tensor, Tensor] | None = None,  # riccati(...), for "exact value"
 ) -> tuple[Tensor, Tensor]:
     """(pathwise, score), each [N]: both gradients estimate that of the expected cost of a rollout.
-    The same noise twice: `gaussian_action` replays the actions that `linear_rollout` took."""
-    z = rollout(system, gain, sigma, start, seed, sequence, steps)
-    each = cost(system, z)
-    s = z.detach()[:, :-1, gain.shape[-2] :]
+    One forward, one scan; then both through `gaussian_action`, which replays from its address the
+    noise that `linear_rollout` drew."""
+    with torch.no_grad():
+        z = rollout(system, gain, sigma, start, seed, sequence, steps)
+        each, (_, mu) = cost(system, z), costates(system, gain, z)
+    s = z[:, :-1, gain.shape[-2] :]
     at = vgkern.Noise(seed, sequence[:, None], torch.arange(steps))
     log_std = s.new_full((), math.log(sigma))
-    logp = vgkern.gaussian_action(s @ gain.mT, log_std, at).logp
-    to_go = each.detach().flip(-1).cumsum(-1).flip(-1)[:, :-1]
+    action, logp = vgkern.gaussian_action(s @ gain.mT, log_std, at)
+    to_go = each.flip(-1).cumsum(-1).flip(-1)[:, :-1]
     if baseline == "exact value":
         assert value is not None
         P, c = value
@@ -145,7 +147,7 @@ def losses(
         advantage = flat.view_as(to_go)
     else:
         advantage = vgkern.group_advantages(to_go[:, 0], groups, estimator="rloo")[:, None]
-    return each.sum(-1), (advantage * logp).sum(-1)
+    return (mu * action).sum((1, 2)), (advantage * logp).sum(-1)
 
 
 def best_gain(system: System, sigma: float, steps: int) -> Tensor:
@@ -191,8 +193,7 @@ def train(
         pathwise = torch.tensor(list(weights.values()))[groups]
         for u in range(updates + 1):
             with torch.no_grad():
-                j = [expected_cost(exact, k.double(), sigma, steps) for k in gain]
-                excess.append(torch.stack(j) / floor[seed] - 1)
+                excess.append(expected_cost(exact, gain.double(), sigma, steps) / floor[seed] - 1)
             sequence = torch.arange(rows) + u * rows
             start = vgkern.Noise(seed, sequence, torch.tensor(2**20)).normal(3)
             each = gain[groups]
@@ -251,14 +252,20 @@ def main() -> None:
     print(f"  one path {one:.2f}      mean of an antithetic pair {mean:.1e}")
     settings = {k: v for k, v in vars(a).items() if k != "out"}
     curves = train(**settings, progress=True)
-    print(f"\ntraining K from 0: {a.seeds} systems of 3 states and 2 actions, T = {a.steps}, sigma =")
+    print(
+        f"\ntraining K from 0: {a.seeds} systems of 3 states and 2 actions, T = {a.steps}, sigma ="
+    )
     print(f"{a.sigma}, {a.rollouts} rollouts per update; cost above the best constant gain")
-    print(f"\n{'':10}{'start':>9}{'final: median':>15}{'worst':>9}   rollouts to 5 %: median, worst")
+    print(
+        f"\n{'':10}{'start':>9}{'final: median':>15}{'worst':>9}   rollouts to 5 %: median, worst"
+    )
     for name, x in curves.items():
         reached = [int((c < 0.05).nonzero()[0]) if (c < 0.05).any() else None for c in x.T]
         taken = sorted(math.inf if r is None else r * a.rollouts for r in reached)
         start, final, worst = x[0].median(), x[-1].median(), x[-1].max()
-        needed = [f"{int(t)}" if t < math.inf else "never" for t in (taken[len(taken) // 2], taken[-1])]
+        needed = [
+            f"{int(t)}" if t < math.inf else "never" for t in (taken[len(taken) // 2], taken[-1])
+        ]
         print(f"{name:10}{start:9.1%}{final:15.2%}{worst:9.2%}   {needed[0]:>18}, {needed[1]}")
     print(f"\n{time.perf_counter() - began:.0f} s; variances: benchmarks/linear_quadratic.py")
     draw(curves, a.rollouts, Path(a.out))
