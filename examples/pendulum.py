@@ -13,7 +13,7 @@ One update: sample without a graph; take the Jacobians of all steps in one batch
 then one backward pass through `gaussian_action`, whose `action` gets the slope of the cost-to-go
 in that action (pathwise) and whose `logp` gets the advantage (score), with weights w and 1 - w:
 
-    lambda_t = c_s + pi_s' c_a + (f_s + f_a pi_s)' lambda_{t+1}        mu_t = c_a + f_a' lambda_{t+1}
+    lambda_t = c_s + pi_s' c_a + (f_s + f_a pi_s)' lambda_{t+1}      mu_t = c_a + f_a' lambda_{t+1}
 
 All runs (estimators x seeds) are one batch with weights of their own. Formulas ours.
 """
@@ -30,14 +30,14 @@ from torch import Tensor
 
 import vgkern
 
-DT, GRAVITY, LIMIT, DRAG = 0.05, 10.0, 6.0, 0.1
+DT, GRAVITY, LIMIT, DRAG = 0.05, 10.0, 8.0, 0.1
 TASKS = ("smooth", "stop", "sparse")
 WALL = 0.8 * math.pi  # of the task `stop`: the way up on one side is shut
 ESTIMATORS = ("score", "mixed", "pathwise")
 
 
 def step(task: str, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """(next state [..., 2], cost [...] in 0..about 1) of state (angle, speed) and action [..., 1]."""
+    """(next state [..., 2], cost [...]) of state (angle, speed) and action [..., 1]."""
     x, w = s.unbind(-1)
     u = LIMIT * torch.tanh(a[..., 0])
     w = w + DT * (GRAVITY * torch.sin(x) + u - DRAG * w)
@@ -47,7 +47,7 @@ def step(task: str, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         after = torch.where(hit, 2 * (math.pi + WALL) - after, after)
         w = torch.where(hit, -0.5 * w, w)
     if task == "sparse":
-        cost = 1 - (torch.cos(after) > 0.9).to(s.dtype) + 0 * u
+        cost = 1 - (torch.cos(after) > 0.9).to(s.dtype) + 0 * (after + u)
     else:
         cost = (1 - torch.cos(after)) / 2 + 0.002 * w**2 + 0.001 * u**2
     return torch.stack([after, w], -1), cost
@@ -98,7 +98,13 @@ def starts(runs: int, rollouts: int, group: int, seed: int, update: int) -> Tens
 
 
 def sample(
-    task: str, policies: Policies, sigma: float, start: Tensor, steps: int, seed: int, update: int = 0
+    task: str,
+    policies: Policies,
+    sigma: float,
+    start: Tensor,
+    steps: int,
+    seed: int,
+    update: int = 0,
 ) -> Rollouts:
     """Noise is keyed by (update, run, rollout) and step, so that learning replays it."""
     runs, n = start.shape[:2]
@@ -135,7 +141,7 @@ def action_costates(task: str, policies: Policies, r: Rollouts) -> Tensor:
 
 def advantages(r: Rollouts, group: int) -> Tensor:
     """[R, N, T]: cost-to-go less that of the others of the group at the same step. Leave-one-out
-    keeps the scale of the gradient, which the mixture needs; grpo's division by the std does not."""
+    keeps the scale of the gradient, which a mixture needs; grpo's division by the std does not."""
     to_go = r.costs.flip(-1).cumsum(-1).flip(-1)
     runs, n, steps = to_go.shape
     ids = (torch.arange(runs * n) // group)[:, None] * steps + torch.arange(steps)
@@ -146,7 +152,7 @@ def advantages(r: Rollouts, group: int) -> Tensor:
 def surrogate(
     task: str, policies: Policies, sigma: float, r: Rollouts, weight: Tensor, group: int
 ) -> Tensor:
-    """[R]: its gradient estimates that of the mean cost per step; weight [R] of the pathwise part."""
+    """[R]: its gradient estimates that of the mean cost per step; weight [R]: of pathwise."""
     mean = policies(r.states[:, :, :-1])
     out = vgkern.gaussian_action(mean, torch.tensor(math.log(sigma)), r.noise)
     path = (out.action * action_costates(task, policies, r)).sum((1, 2, 3))
@@ -199,3 +205,92 @@ def show(began: float, done: float, total: float, what: str) -> None:
         end = "\n" if done >= total else ""
         sys.stderr.write(f"\r\x1b[2K{what}: {done / total:.0%}, {left:.0f} s left{end}")
         sys.stderr.flush()
+
+
+def variances(horizons: list[int], rollouts: int = 32, replicates: int = 32) -> list[list[float]]:
+    """[T, score / pathwise variance of the gradient] of one untrained policy, by replicates."""
+    rows = []
+    for steps in horizons:
+        policies = Policies.random([0] * replicates)
+        r = sample("smooth", policies, 0.5, starts(replicates, rollouts, 8, 5, 0), steps, 2)
+        found = []
+        for weight in (0.0, 1.0):
+            loss = surrogate("smooth", policies, 0.5, r, torch.full((replicates,), weight), 8)
+            grads = torch.autograd.grad(loss.sum(), policies.weights)
+            found.append(sum(float(g.var(0).sum()) for g in grads))
+        rows.append([steps, found[0] / found[1]])
+    return rows
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p.add_argument("--out", default="runs/pendulum", help="folder of the picture")
+    p.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--updates", type=int, default=80)
+    p.add_argument("--rollouts", type=int, default=32, help="per update; groups of 8 share a start")
+    p.add_argument("--steps", type=int, default=50, help=f"horizon, {DT} s each")
+    p.add_argument("--sigma", type=float, default=0.5, help="standard deviation of the noise")
+    p.add_argument("--lr", type=float, default=0.02)
+    p.add_argument("--mix", type=float, default=0.5, help="weight of the pathwise part of `mixed`")
+    a = p.parse_args()
+    if min(a.seeds, a.updates, a.steps) < 1 or a.rollouts < 8 or a.rollouts % 8 or a.sigma <= 0:
+        p.error("seeds, updates and steps are >= 1, rollouts a multiple of 8, sigma > 0")
+    torch.set_num_threads(1)
+    began, curves, paths = time.perf_counter(), {}, {}
+    weights = [w for w in (0.0, a.mix, 1.0) for _ in range(a.seeds)]
+    seeds = list(range(a.seeds)) * len(ESTIMATORS)
+    used = a.updates * a.rollouts
+    print(f"pendulum, horizon {a.steps}, {used} rollouts in {a.updates} updates, {a.seeds} seeds")
+    print("return per step, 1 is perfect: mean of the first 5 updates -> of the last 5 (each seed)")
+    for task in a.tasks:
+        settings = (a.updates, a.rollouts, 8, a.steps, a.sigma, a.lr)
+        curve, policies = train(task, weights, seeds, *settings, progress=task)
+        curves[task] = curve.view(a.updates, len(ESTIMATORS), a.seeds)
+        start = starts(len(seeds), a.rollouts, 8, 123, 0)
+        paths[task] = sample(task, policies, a.sigma, start, a.steps, 3).states
+        print(f"\n{task}")
+        for i, name in enumerate(ESTIMATORS):
+            x = curves[task][:, i]
+            last = x[-5:].mean(0)
+            each = ", ".join(f"{float(v):.2f}" for v in last)
+            print(f"  {name:9} {float(x[:5].mean()):.2f} -> {float(last.mean()):.2f}  ({each})")
+    print("\nvariance of score over that of pathwise, untrained policy, by horizon")
+    print("  " + "   ".join(f"T={t}: {v:.2g}" for t, v in variances([8, 32, 128, 512])))
+    print(f"\n{time.perf_counter() - began:.0f} s")
+    draw(curves, paths, a.rollouts, a.seeds, Path(a.out))
+
+
+def draw(
+    curves: dict[str, Tensor], paths: dict[str, Tensor], rollouts: int, seeds: int, out: Path
+) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        2, len(curves), figsize=(3.6 * len(curves), 6), layout="constrained", squeeze=False
+    )
+    for (task, x), (above, below) in zip(curves.items(), axes.T, strict=True):
+        used = torch.arange(len(x)) * rollouts
+        for i, name in enumerate(ESTIMATORS):
+            (line,) = above.plot(used, x[:, i].mean(-1), label=name, linewidth=2)
+            above.plot(used, x[:, i], color=line.get_color(), alpha=0.3, linewidth=0.8)
+            best = int(x[-5:, i].mean(0).argmax())
+            for path in paths[task][i * seeds + best, ::8]:
+                below.plot(*path.T, color=line.get_color(), alpha=0.7, linewidth=0.9)
+        above.set(title=task, xlabel="rollouts", ylabel="return per step")
+        below.set(xlabel="angle (0 and 2 pi: upright)", ylabel="speed")
+        below.plot([0, 2 * math.pi], [0, 0], "k+")
+    axes[0, 0].legend(frameon=False)
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "pendulum.png", dpi=110)
+    print(f"picture: {out / 'pendulum.png'}; below: paths of each estimator's best seed")
+
+
+if __name__ == "__main__":
+    main()
