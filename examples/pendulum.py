@@ -7,7 +7,7 @@
 x = 0 is upright, the start hangs; the torque cannot lift the pendulum, it must be pumped. Three
 objectives: `smooth`, the mean height and a price of speed and torque; `stop`, the same with a wall
 that the pendulum bounces off, through which a derivative is that of one path, not of the mean; and
-`sparse`, the share of time spent upright, whose derivative is 0 wherever it exists.
+`sparse`, the share of time above the pivot, whose derivative is 0 wherever it exists.
 
 One update: sample without a graph; take the Jacobians of all steps in one batch; `costate_scan`;
 then one backward pass through `gaussian_action`, whose `action` gets the slope of the cost-to-go
@@ -47,7 +47,7 @@ def step(task: str, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         after = torch.where(hit, 2 * (math.pi + WALL) - after, after)
         w = torch.where(hit, -0.5 * w, w)
     if task == "sparse":
-        cost = 1 - (torch.cos(after) > 0.9).to(s.dtype) + 0 * (after + u)
+        cost = 1 - (torch.cos(after) > 0.0).to(s.dtype) + 0 * (after + u)
     else:
         cost = (1 - torch.cos(after)) / 2 + 0.002 * w**2 + 0.001 * u**2
     return torch.stack([after, w], -1), cost

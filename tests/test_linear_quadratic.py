@@ -26,6 +26,12 @@ lq = load("examples/linear_quadratic.py")
 CELLS = [(1, 1, 2, 1.0), (2, 1, 1, 0.1), (3, 2, 16, 1.0), (6, 3, 32, 0.3), (4, 2, 128, 0.03)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Small tensors: threads would only wait for each other."""
+    threads(1)
+
+
 def values(system, gain, steps):
     """P_t by the definition of a quadratic form: the cost of the noiseless closed loop, rolled out
     from every basis vector, e_i'P e_j = sum_u s_u(e_i)'G s_u(e_j). No recursion in P."""

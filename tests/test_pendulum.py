@@ -9,11 +9,18 @@ import torch
 
 import vgkern
 
+LEARNT = 0.15  # return per step; the best is 1, hanging 0
 path = Path(__file__).resolve().parent.parent / "examples" / "pendulum.py"
 spec = importlib.util.spec_from_file_location("pendulum", path)
 pendulum = importlib.util.module_from_spec(spec)
 sys.modules["pendulum"] = pendulum  # its dataclasses look there
 spec.loader.exec_module(pendulum)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Small tensors: threads would only wait for each other."""
+    threads(1)
 
 
 @pytest.mark.parametrize("task", ["smooth", "stop"])
@@ -57,37 +64,23 @@ def test_both_estimators_agree_in_expectation(backend):
     assert float((score @ along).mean()) > 8 * error
 
 
-class Broken:
-    """costate_scan with costates dealt to other rows and times, or none at all."""
-
-    def __init__(self, how):
-        self.how, self.true = how, vgkern.costate_scan
-
-    def __call__(self, jacobian, local, terminal):
-        found = self.true(jacobian, local, terminal)
-        if self.how == "zeroed":
-            return torch.zeros_like(found)
-        order = torch.randperm(found[..., 0].numel(), generator=torch.Generator().manual_seed(0))
-        return found.flatten(0, 1)[order].view_as(found)
-
-
-def rise(weights, updates=40):
-    """Return of the last 5 updates less that of the first, each run."""
-    seeds = list(range(len(weights)))
-    curve, _ = pendulum.train(
-        "smooth", weights, [s % 2 for s in seeds], updates, 32, 8, 25, 0.5, 0.02
-    )
-    return curve[-5:].mean(0) - curve[0]
-
-
 def test_every_estimator_learns_and_broken_costates_do_not(monkeypatch):
-    good = rise([0.0, 0.0, 0.5, 0.5, 1.0, 1.0])
-    print("rise", good)
-    broken = []
-    for how in ("shuffled", "zeroed"):
-        monkeypatch.setattr(pendulum.vgkern, "costate_scan", Broken(how))
-        broken.append(rise([1.0, 1.0]))
-        monkeypatch.undo()
-        print(how, broken[-1])
-    assert good.min() > 0.05
-    assert max(float(b.max()) for b in broken) < 0.03
+    """One batch of ten runs, two seeds of each kind: score, mixed, pathwise, pathwise with costates
+    dealt to other rows and times, pathwise with none."""
+    true = vgkern.costate_scan
+
+    def broken_for_the_last(jacobian, local, terminal):
+        found = true(jacobian, local, terminal).unflatten(0, (10, -1)).clone()
+        rows = found[6:8].reshape(-1, 2)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        found[6:8] = rows[order].view_as(found[6:8])
+        found[8:] = 0
+        return found.flatten(0, 1)
+
+    monkeypatch.setattr(pendulum.vgkern, "costate_scan", broken_for_the_last)
+    weights = [0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    curve, _ = pendulum.train("smooth", weights, [0, 2] * 5, 16, 32, 8, 40, 0.5, 0.03)
+    rise = curve[-3:].mean(0) - curve[0]
+    print(rise)
+    assert rise[:6].min() > LEARNT, rise
+    assert rise[6:].max() < LEARNT / 2, rise
