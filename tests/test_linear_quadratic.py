@@ -172,7 +172,7 @@ def test_policy_gradients_are_unbiased(backend, steps, sigma, baseline):
 def test_score_has_three_times_the_variance_of_pathwise(backend, steps, sigma):
     """With the best of the three baselines, the exact value. All: benchmarks/linear_quadratic.py"""
     once(backend)
-    _, path, score = gradients(steps, sigma, "exact value", 500)
+    _, path, score = gradients(steps, sigma, "exact value", 2_000)
     assert float(score.var(0).sum() / path.var(0).sum()) >= 3
 
 
