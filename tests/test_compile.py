@@ -7,7 +7,7 @@ import conftest
 import pytest
 import torch
 import torch._dynamo.testing
-from oracle import by_rows, inputs, outputs, run, upstream
+from oracle import by_rows, few_rows, inputs, outputs, run, upstream
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vgkern
@@ -74,9 +74,9 @@ def test_dynamic_shapes(name, backend):
     graphs = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(plain, fullgraph=True, backend=graphs, dynamic=True)
     with torch.no_grad():
-        for n in (2, 3, 5) if backend not in conftest.EMULATED else (2, 3):
+        for n in (2, 3) if few_rows(case, backend) else (2, 3, 5):
             x = case.make(torch.float32, 0)
-            if backend in conftest.EMULATED:  # that many rows, elsewhere that many times all rows
+            if few_rows(case, backend):  # that many rows, elsewhere that many times all rows
                 x = by_rows(x, lambda t: t[:n])  # noqa: B023
             else:
                 x = by_rows(x, lambda t: torch.cat([t] * n))  # noqa: B023
