@@ -10,7 +10,16 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from . import noise
-from .logits import INF, added, finish, flat, launch, load_z, raised
+from .logits import (
+    INF,
+    flat,
+    launch,
+    load_z,
+    no_columns,
+    store_same,
+    store_stats,
+    with_columns,
+)
 from .row_sample import row_sample
 from .row_truncated import row_truncated, row_truncated_grad
 
@@ -100,29 +109,15 @@ def _row_stats_kernel(
     ignored = y == ignore_index
     known = (y >= 0) & (y <= V)
     if known & (y != ignore_index):
-        top = tl.full([], -INF, tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        dot = tl.zeros([BLOCK], tl.float32)
-        zy = tl.zeros([BLOCK], tl.float32)
+        stats = no_columns(BLOCK)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z, _ = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
-            zy = tl.where(cols == y, z, zy)
-            z = tl.where(cols == y, -INF, z)
-            peak = tl.maximum(top, tl.max(z, 0))
-            total, dot = raised(top, peak, total, dot)
-            total, dot = added(z, peak, total, dot)
-            top = peak
-        target, total, dot = tl.sum(zy, 0), tl.sum(total, 0), tl.sum(dot, 0)
-        logp, entropy, lse = finish(target, top, total, dot, y < V)
-        tl.store(logp_out + i, logp)
-        tl.store(entropy_out + i, entropy)
-        tl.store(lse_out + i, lse)
+            stats = with_columns(stats, z, cols, y)
+        store_stats(logp_out, entropy_out, lse_out, i, stats, y < V)
     else:
         value = tl.where(ignored, 0.0, float("nan"))
-        tl.store(logp_out + i, value)
-        tl.store(entropy_out + i, value)
-        tl.store(lse_out + i, value)
+        store_same(logp_out, entropy_out, lse_out, i, value)
 
 
 @triton.jit(do_not_specialize=["seed", "ignore_index"])

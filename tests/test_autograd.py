@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from oracle import NOT_DIFFERENTIABLE, outputs, run, upstream
+from oracle import NOT_DIFFERENTIABLE, inputs, outputs, run, upstream
 
 import vgkern
 from vgkern import cases
@@ -20,7 +20,7 @@ CASES = ("token_logprobs-v1000-softcap", "linear_token_logprobs-h123-v1035-all",
 
 def prepared(name, backend):
     case = cases.by_name(name)
-    x = case.make(torch.float32, 0)
+    x = inputs(case, torch.float32, backend)
     op = getattr(vgkern, case.op)
 
     def plain(**k):
