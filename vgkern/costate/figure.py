@@ -80,7 +80,13 @@ def draw_costates(
                 textcoords="offset points", ha=side_of, va="bottom", color="tab:red", fontsize=9,
             )  # fmt: skip
     axes.set_title(title, fontsize=10, pad=18, loc="left")
-    bar = figure.colorbar(image, ax=axes, pad=0.01, extend="min" if float(some.min()) < low else "neither") if len(some) else None
+    bar = (
+        figure.colorbar(
+            image, ax=axes, pad=0.01, extend="min" if float(some.min()) < low else "neither"
+        )
+        if len(some)
+        else None
+    )
     if bar is not None:
         bar.set_label(f"costate norm\n({unit})", fontsize=9)
     figure.savefig(path, dpi=150)

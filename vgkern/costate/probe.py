@@ -95,7 +95,9 @@ class Probe:
             self.handles.append(self.model.register_forward_pre_hook(hook))
         for layer, (module, entering) in enumerate(self.points):
             if entering:
-                made: Any = module.register_forward_pre_hook(self._entering(layer), with_kwargs=True)
+                made: Any = module.register_forward_pre_hook(
+                    self._entering(layer), with_kwargs=True
+                )
             else:
                 made = module.register_forward_hook(self._leaving(layer))
             self.handles.append(made)
