@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def draw_costates(
     path: str | Path,
     *,
     title: str,
-    unit: str = "nats per unit of the residual stream",
+    unit: str = "nats per unit of x",
     ratio: Tensor | None = None,  # [layers + 1, 2]: signal-to-noise of a layer, standard error
 ) -> None:
     """Writes a PNG. Grey: no gradient reaches the place.
@@ -47,8 +48,8 @@ def draw_costates(
     low = max(float(some.min()) if len(some) else 0.0, top * 10.0**-DECADES) * 0.999
 
     slim = 0 if ratio is None else 1.7
-    size = (min(18.0, 2.6 + 0.24 * width) + slim, min(9.0, 2.2 + 0.26 * depth))
-    figure = Figure(figsize=(max(7.5, size[0]), max(3.4, size[1])), layout="constrained")
+    size = (min(18.0, 2.6 + 0.24 * width) + slim, min(9.0, 2.4 + 0.26 * depth))
+    figure = Figure(figsize=(max(7.8, size[0]), max(3.6, size[1])), layout="constrained")
     if ratio is None:
         axes: Any = figure.subplots()
     else:
@@ -56,40 +57,39 @@ def draw_costates(
         _side(side, ratio.double().cpu(), depth)
     axes.set_facecolor("0.88")
     image = axes.pcolormesh(
-        range(width + 1), [i - 0.5 for i in range(depth + 1)], shown.where(shown > 0, float("nan")),
+        range(width + 1), [i - 0.5 for i in range(depth + 1)], shown.where(shown > 0, math.nan),
         norm=LogNorm(low, top), cmap="viridis", edgecolors="white", linewidth=0.3,
     )  # fmt: skip
-    ticks = axes.set_xticks(
-        [i + 0.5 for i in range(width)], labels, rotation=90 if max(map(len, labels)) > 1 else 0,
-        family="monospace", fontsize=9 if width <= 40 else 7,
-    )  # fmt: skip
-    for at, tick in enumerate(ticks):
-        tick.label1.set_parse_math(False)  # a dollar sign is a dollar sign
-        tick.label1.set_color("0.35" if at + cut < prompt else "black")
-    axes.tick_params(length=0)
-    step = max(1, -(-depth // 16))
-    rows = list(range(0, depth, step))
+    _tokens(axes, labels, prompt - cut)
+    along = f"; the last {width} of {len(tokens)} are shown" if cut else ""
+    axes.set_xlabel(f"token at the position (grey: no gradient arrives there{along})")
+    rows = list(range(0, depth, max(1, -(-depth // 16))))
     axes.set_yticks(rows, ["input" if row == 0 else str(row) for row in rows])
-    axes.set(ylabel="residual stream after layer", ylim=(-0.5, depth - 0.5))
-    axes.set_xlabel("token at the position" + (f" (the last {width} of {len(tokens)})" * bool(cut)))
-    if cut < prompt < len(tokens):
-        axes.axvline(prompt - cut, color="tab:red", lw=1.5)
-        for name, side_of, place in (("prompt", "right", -4), ("response", "left", 4)):
-            axes.annotate(
-                name, (prompt - cut, 1), (place, 3), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha=side_of, va="bottom", color="tab:red", fontsize=9,
-            )  # fmt: skip
+    axes.set(ylabel="residual stream x after layer", ylim=(-0.5, depth - 0.5))
     axes.set_title(title, fontsize=10, pad=18, loc="left")
-    bar = (
-        figure.colorbar(
-            image, ax=axes, pad=0.01, extend="min" if float(some.min()) < low else "neither"
-        )
-        if len(some)
-        else None
-    )
-    if bar is not None:
-        bar.set_label(f"costate norm\n({unit})", fontsize=9)
+    if len(some):
+        extend = "min" if float(some.min()) < low else "neither"
+        bar = figure.colorbar(image, ax=axes, pad=0.01, extend=extend)
+        bar.set_label(f"costate norm ({unit})", fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def _tokens(axes: Any, labels: list[str], prompt: int) -> None:
+    """The text along the axis, and where the response begins (`prompt` may be off the picture)."""
+    small = 9 if len(labels) <= 40 else 7
+    axes.set_xticks([i + 0.5 for i in range(len(labels))], labels, fontsize=small)
+    for at, label in enumerate(axes.get_xticklabels()):
+        label.set(parse_math=False, family="monospace")  # a dollar sign is a dollar sign
+        label.set(rotation=90 if len(labels[at]) > 1 else 0)
+        label.set(color="0.35" if at < prompt else "black")
+    axes.tick_params(axis="x", length=0)
+    if 0 < prompt < len(labels):
+        axes.axvline(prompt, color="tab:red", lw=1.5)
+        for name, side, shift in (("prompt", "right", -4), ("response", "left", 4)):
+            axes.annotate(
+                name, (prompt, 1), (shift, 3), xycoords=("data", "axes fraction"),
+                textcoords="offset points", ha=side, va="bottom", color="tab:red", fontsize=9,
+            )  # fmt: skip
 
 
 def _side(axes: Any, ratio: Tensor, depth: int) -> None:
@@ -100,8 +100,8 @@ def _side(axes: Any, ratio: Tensor, depth: int) -> None:
         value, range(depth), xerr=error.nan_to_num(0), color="tab:blue", marker="o", ms=3, lw=1,
         capsize=2,
     )  # fmt: skip
-    axes.set_title("all prompts", fontsize=9, pad=18)
-    axes.set_xlabel("signal / noise\n± standard error", fontsize=9)
+    axes.set_title("value-gradient signal\nof all prompts", fontsize=9)
+    axes.set_xlabel("S2 / noise\n(± standard error)", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 

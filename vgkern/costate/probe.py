@@ -69,7 +69,8 @@ class Probe:
     def __init__(
         self, model: nn.Module, layers: Sequence[nn.Module] | None, each: Each | None
     ) -> None:
-        self.model, self.each = _holder(model), each
+        self.model: Any = _holder(model)
+        self.each = each
         self.points: list[tuple[nn.Module, bool]]  # module; is it the input that is wanted?
         if layers is None and hasattr(self.model, "probe_points"):
             outputs = list(self.model.probe_points())

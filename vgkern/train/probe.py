@@ -107,7 +107,7 @@ def find(model: str) -> tuple[str, dict[str, Any]]:
         if weights.is_dir():
             return str(weights), run
     raise ConfigError(
-        f"--model: {folder} is a run that has saved no final weights; name a checkpoint folder in it"
+        f"--model: {folder} is a run that has saved no final weights; name a checkpoint in it"
     )
 
 
@@ -196,7 +196,10 @@ def draw(found: dict[str, Any], text: Text, tokenizer: Tokenizer, path: Path) ->
 def screen(found: dict[str, Any]) -> list[str]:
     """The summary."""
     at, last = found["layers"][found["layer"]], len(found["layers"]) - 1
-    k, agree = found["best_of"], found["replay_agreement"].value
+    k, agree, hops = found["best_of"], found["replay_agreement"].value, found["hops"]
+    heat, seconds = found["temperature"], found["seconds"]
+    where = f"squared value gradient over the prompt, layer {at['layer']} of {last}"
+    added = found["hop_norm"].value
 
     def row(name: str, x: costate.Estimate, text: str) -> str:
         error = f"± {x.error:.2g}" if math.isfinite(x.error) else ""
@@ -204,17 +207,17 @@ def screen(found: dict[str, Any]) -> list[str]:
 
     lines = [
         f"vgkern probe: {found['weights']} on {found['task']}, {found['prompts']} prompts x "
-        f"{found['group']} samples, temperature {found['temperature']:g} ({found['seconds']:.1f} s)",
+        f"{found['group']} samples, temperature {heat:g} ({seconds:.1f} s)",
         "  ± is the standard error over prompts",
         row("reward", found["reward"], f"std within a prompt {found['reward_std'].value:.3g}"),
         row("headroom", found["headroom"], f"E[max of {k}] - E[reward]"),
-        row("signal S2", at["s2"], f"squared value gradient over the prompt, layer {at['layer']}/{last}"),
+        row("signal S2", at["s2"], where),
         row("signal / noise", at["snr"], "S2 over the mean squared costate of one sample"),
         row("entropy", found["entropy"], "nats per sampled token"),
         row("sampling gap", found["sampling_gap"], "E|e_y - ē|², embedding of the sampled token"),
         row("replay agreement", found["replay_agreement"], f"of {found['tokens']:,} tokens"),
         row("hop cosine", found["hop_cosine"],
-            f"entropy's costate, 0 against {found['hops']} hops; hops add {found['hop_norm'].value:.2g} of its norm"),
+            f"entropy's costates with 0 and {hops} hops, which add {added:.2g} of the norm"),
     ]  # fmt: skip
     if agree < 0.999:
         lines.append("  warning: trainer and replayed noise do not choose the sampled tokens again")
