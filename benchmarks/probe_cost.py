@@ -63,15 +63,16 @@ def main() -> None:
         for mode in list(modes) if i % 2 == 0 else list(modes)[::-1]:
             seconds[mode].append(update(mode))
     median = {mode: statistics.median(values) for mode, values in seconds.items()}
-    print(f"{config.prompts} prompts x {config.group} samples, {a.threads} thread(s), sampling of one"
-          f" batch {1e3 * sampling:.0f} ms")  # fmt: skip
+    print(f"{config.prompts} prompts x {config.group} samples, {a.threads} thread(s)")
+    print(f"  sampling one batch           {1e3 * sampling:8.1f} ms")
     found = {}
     for mode, value in median.items():
         extra = value - median["off"]
         found[mode] = {"ms": 1e3 * value, "of_update": extra / median["off"],
                        "of_step": extra / (median["off"] + sampling)}  # fmt: skip
-        print(f"  update, probe {mode:<12}{1e3 * value:8.1f} ms   {100 * found[mode]['of_update']:+5.1f} %"
-              f" of the update, {100 * found[mode]['of_step']:+5.1f} % of the step")  # fmt: skip
+        of = [f"{100 * found[mode][whole]:+5.1f} %" for whole in ("of_update", "of_step")]
+        cost = f"{of[0]} of the update, {of[1]} of the step"
+        print(f"  update, probe {mode:<12}{1e3 * value:8.1f} ms   {cost}")
     if a.json:
         with open(a.json, "w") as file:
             json.dump(
