@@ -48,7 +48,7 @@ def draw_costates(
     low = max(float(some.min()) if len(some) else 0.0, top * 10.0**-DECADES) * 0.999
 
     slim = 0 if ratio is None else 1.7
-    size = (min(18.0, 2.6 + 0.24 * width) + slim, min(9.0, 2.4 + 0.26 * depth))
+    size = (min(14.0, 2.6 + 0.24 * width) + slim, min(7.5, 2.4 + 0.26 * depth))
     figure = Figure(figsize=(max(7.8, size[0]), max(3.6, size[1])), layout="constrained")
     if ratio is None:
         axes: Any = figure.subplots()
@@ -69,14 +69,14 @@ def draw_costates(
     axes.set_title(title, fontsize=10, pad=18, loc="left")
     if len(some):
         extend = "min" if float(some.min()) < low else "neither"
-        bar = figure.colorbar(image, ax=axes, pad=0.01, extend=extend)
+        bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30, extend=extend)
         bar.set_label(f"costate norm ({unit})", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
 def _tokens(axes: Any, labels: list[str], prompt: int) -> None:
     """The text along the axis, and where the response begins (`prompt` may be off the picture)."""
-    small = 9 if len(labels) <= 40 else 7
+    small = 9 if len(labels) <= 40 else 8
     axes.set_xticks([i + 0.5 for i in range(len(labels))], labels, fontsize=small)
     for at, label in enumerate(axes.get_xticklabels()):
         label.set(parse_math=False, family="monospace")  # a dollar sign is a dollar sign

@@ -69,7 +69,7 @@ class Probe:
     def __init__(
         self, model: nn.Module, layers: Sequence[nn.Module] | None, each: Each | None
     ) -> None:
-        self.model: Any = _holder(model)
+        self.model = _holder(model)
         self.each = each
         self.points: list[tuple[nn.Module, bool]]  # module; is it the input that is wanted?
         if layers is None and hasattr(self.model, "probe_points"):
@@ -191,7 +191,7 @@ def _stream(values: Sequence[Any]) -> Tensor | None:
     return next((x for x in values if isinstance(x, Tensor) and x.is_floating_point()), None)
 
 
-def _holder(model: nn.Module) -> nn.Module:
+def _holder(model: nn.Module) -> Any:
     """The module that knows its own points, whatever wraps it; else the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {_check.describe(model)}; allowed: an nn.Module")
