@@ -129,7 +129,15 @@ class Decoder(nn.Module):
             group = 1
         self.check(prompts, completions.shape[1])
         nodes, where = tree_nodes(prompts, completions.numpy(), group, lengths.numpy())
-        return self.forward(nodes).index_select(0, where.reshape(-1)).view(*where.shape, -1)
+        return self(nodes).index_select(0, where.reshape(-1)).view(*where.shape, -1)
+
+    def probe_points(self) -> list[nn.Module]:
+        """Whose outputs have the residual stream's gradient: a layer adds `down`'s last."""
+        return [self.embedding, *(layer.down for layer in self.layers)]
+
+    def probe_place(self, nodes: Nodes) -> tuple[tuple[int, int], Tensor]:
+        """[P, N], and the slot of each row in it; unshared texts are chains: [R, T]."""
+        return (len(nodes.mask), nodes.mask.shape[-1]), nodes.slot
 
     def forward(self, nodes: Nodes) -> Tensor:  # [M - keys_only, D]
         x = self.embedding(nodes.token)
