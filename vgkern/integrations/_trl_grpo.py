@@ -85,8 +85,9 @@ class GRPOTrainer(trl.GRPOTrainer):
                             and the hidden state that predicted it (`noisy_embedding`, relaxation
                             "expected"); the value of the loss does not change
 
-    Metrics are TRL's with two differences: `entropy` is the mean over the tokens that can have a
-    gradient, and there is no minimum or maximum of the clip ratio per sequence.
+    Of TRL's metrics there are `entropy` (mean over the tokens that can have a gradient), `kl`
+    (without the ratio correction) and the mean `clip_ratio`s (of tokens, with sequence-level ratios
+    too); no extremes per sequence, nothing of cispo's and vespo's.
     """
 
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
@@ -97,7 +98,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         refuse("trl", "what GRPOTrainer has after its construction", missing, [], REMEDY)
         wrong = [name for name, given in _unsupported(self).items() if given]
         if wrong:
-            raise ValueError(f"GRPOTrainer: got {'; '.join(wrong)}; not in the fused loss. {REMEDY}")
+            raise ValueError(
+                f"GRPOTrainer: got {'; '.join(wrong)}; not in the fused loss. {REMEDY}"
+            )
         self.vgkern_backend, self.objective = backend, objective_of(self)
         adapted = hasattr(self.model, "get_base_model")  # PEFT
         self._base = self.model.get_base_model() if adapted else self.model
@@ -180,8 +183,6 @@ class GRPOTrainer(trl.GRPOTrainer):
             to["clip_ratio/low_mean"].append(low / tokens)
             to["clip_ratio/high_mean"].append(high / tokens)
             to["clip_ratio/region_mean"].append((low + high) / tokens)
-        elif self.objective.surrogate == "cispo":
-            to["cispo_clip_ratio"].append(high / tokens)
 
 
 _COMPUTE_LOSS = "self, model, inputs"
