@@ -137,14 +137,13 @@ def test_autocast_is_followed():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_patch_is_undone(fails):
-    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
-        with ours.patch() as on:
-            bound = utils._ChunkedLogProbFunction
-            assert bound is not STOCK
-            bound.apply(torch.ones(2, 3), torch.ones(4, 3), None, torch.zeros(2).long(), 1.0, 8)
-            assert on.calls == 1
-            if fails:
-                raise KeyError
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext(), ours.patch() as on:
+        bound = utils._ChunkedLogProbFunction
+        assert bound is not STOCK
+        bound.apply(torch.ones(2, 3), torch.ones(4, 3), None, torch.zeros(2).long(), 1.0, 8)
+        assert on.calls == 1
+        if fails:
+            raise KeyError
     assert utils._ChunkedLogProbFunction is STOCK
     on.undo()  # a second end does nothing
     assert utils._ChunkedLogProbFunction is STOCK and not _patch.Patch._on
@@ -285,3 +284,59 @@ def test_fused_trainer_has_the_loss_and_gradients_of_trl(configured):
         if stock.importance_sampling_level == "token":
             assert metrics[name] == pytest.approx(stock._metrics["train"][name][::2])
     assert len(metrics["entropy"]) == 4 and 0 < metrics["entropy"][0] < math.log(VOCAB)
+
+
+REFUSED = [
+    ({"top_entropy_quantile": 0.8}, "top_entropy_quantile"),
+    ({"entropy_coef": 0.1}, "entropy_coef"),
+    ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
+    ({"loss_type": "cispo", "epsilon_high": 0.2}, "epsilon_high: got 0.2"),
+    ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "vespo with sequence"),
+]
+
+
+@pytest.mark.parametrize("options, words", REFUSED, ids=str)
+def test_options_without_a_fused_form_are_refused(options, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        trainer(ours.GRPOTrainer, tmp_path, **options)
+
+
+def test_images_are_refused(pair):
+    with pytest.raises(NotImplementedError, match="pixel_values"):
+        pair[1]._compute_loss(pair[1].model, batch(pixel_values=torch.ones(1)))
+
+
+def test_costates_go_through_the_tokens(pair):
+    """The extra gradient is that of the noisy embedding composed by hand; the value stays."""
+    fused, inputs = pair[1], batch()
+    value = torch.randn(4, NEW, 16)
+    loss, before = grads_of(fused, inputs)
+    with_costates, after = grads_of(fused, {**inputs, "costates": value})
+    assert torch.equal(loss, with_costates)
+    model, ids = fused.model, torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    model.zero_grad()
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, -NEW - 1 : -1]
+    x = (logits / fused.temperature).softmax(-1) @ model.get_input_embeddings().weight.detach()
+    (x * value * inputs["completion_mask"][..., None]).sum().backward()
+    for name, p in model.named_parameters():
+        close(after[name] - before[name], p.grad / 2)  # of two accumulation steps
+
+
+@pytest.mark.parametrize("kind", ["patched", "fused"])
+def test_training_takes_the_same_steps(kind, tmp_path):
+    """Two optimizer steps of two micro-batches each, sampled by the models themselves."""
+    runs = []
+    for ours_too in (False, True):
+        fused = kind == "fused" and ours_too
+        made = trainer(ours.GRPOTrainer if fused else trl.GRPOTrainer, tmp_path, backend=None)
+        patched = ours.patch() if kind == "patched" and ours_too else contextlib.nullcontext()
+        with patched as on:
+            made.train()
+        assert kind == "fused" or not ours_too or on.calls >= 4
+        losses = [row["loss"] for row in made.state.log_history if "loss" in row]
+        runs.append((torch.tensor(losses), dict(made.model.named_parameters())))
+    assert len(runs[0][0]) == 2 and runs[0][0].abs().max() > 0
+    close(runs[1][0], runs[0][0], 2e-5)
+    for name, p in runs[0][1].items():
+        close(runs[1][1][name], p, 1e-3)  # Adam divides by gradients near 0

@@ -7,7 +7,6 @@ z = cap * tanh(s (h W^T + b) / cap) / temperature                     models wit
 import contextlib
 import functools
 import types
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -79,15 +78,14 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def add_head(model: Any, keyword: str) -> Callable[[], None]:
+def add_head(model: Any, keyword: str) -> None:
     """Gives `model.forward` one more keyword: a function of (hidden, weight, bias).
 
     With it the backbone runs and the function's result is returned; no logits are made. The call
     still enters by `model(...)`, so the hooks of DDP, FSDP and PEFT run as for any forward pass.
-    Returns what takes the keyword away again.
     """
     check(model)
-    original, was_own = model.forward, "forward" in vars(model)
+    original = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,14 +100,6 @@ def add_head(model: Any, keyword: str) -> Callable[[], None]:
         return function(hidden.to(weight.device), weight, bias)
 
     model.forward = types.MethodType(forward, model)
-
-    def remove() -> None:
-        if was_own:
-            model.forward = original
-        else:
-            del model.forward
-
-    return remove
 
 
 def check(model: Any, tolerance: float = 1e-3) -> None:

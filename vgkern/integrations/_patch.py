@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-Target = tuple[Any, str, Any]  # owner (a module or a class), name, what to put there
+Target = tuple[Any, str, Any]  # owner (module, class or instance), name, what to put there
+ABSENT = object()  # an instance that takes the name from its class
 
 
 class IntegrationError(RuntimeError):
@@ -56,7 +57,7 @@ class Patch:
         targets = build(self)
         with Patch._lock:
             for owner, name, ours in targets:
-                self._before.append((owner, name, ours, vars(owner)[name]))
+                self._before.append((owner, name, ours, vars(owner).get(name, ABSENT)))
                 setattr(owner, name, ours)
             Patch._on.append(self)
 
@@ -68,10 +69,13 @@ class Patch:
             Patch._on.remove(self)
             for owner, name, ours, before in reversed(self._before):
                 if vars(owner).get(name) is ours:
-                    setattr(owner, name, before)
+                    if before is ABSENT:
+                        delattr(owner, name)
+                    else:
+                        setattr(owner, name, before)
                 elif not any(later._skip(ours, before) for later in Patch._on):
                     warnings.warn(
-                        f"{owner.__name__}.{name} was rebound by someone else after vgkern did; "
+                        f"{getattr(owner, '__name__', type(owner).__name__)}.{name} was rebound by someone else after vgkern did; "
                         "it is left as it is",
                         RuntimeWarning,
                         stacklevel=2,

@@ -33,9 +33,10 @@ def loss(inputs: Any, objective: str | Objective = "grpo", **knobs: Any) -> Any:
     `ref_logprobs` (or `teacher_logprobs`) is the reference of `beta`; `loss_weights` multiplies the
     tokens' advantages, which is the loss itself when there is no KL term.
 
-    Raises IntegrationError when prime-rl's inputs or outputs have changed, ValueError for `reduction`, for
-    an entropy term (prime-rl gives no entropy), and for loss_weights together with beta > 0.
-    """  # fmt: skip
+    Raises IntegrationError when prime-rl's inputs or outputs have changed, ValueError for a
+    `reduction`, for an entropy term (prime-rl gives no entropy) or a sampler correction, and for
+    loss_weights that are negative or come together with beta > 0.
+    """
     outputs = _outputs(type(inputs))
     o = objectives.resolve(objective)
     if "reduction" in knobs:

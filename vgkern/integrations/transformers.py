@@ -20,7 +20,6 @@ from vgkern.ops.token_logprobs import token_logprobs
 
 STOCK = "logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, kwargs"
 REMEDY = "Install transformers>=5,<6, or leave model.loss_function and model.forward as they are."
-KEYWORD = "vgkern_head"
 
 
 def causal_lm_loss(
@@ -61,8 +60,8 @@ def patch(model: Any, *, backend: str | None = None) -> Patch:
     allowed = (loss_utils.ForCausalLMLoss, causal_lm_loss)
     if model.loss_function not in allowed:
         raise IntegrationError(
-            f"{type(model).__name__}: loss_function is {model.loss_function!r}, not ForCausalLMLoss: "
-            "this drop-in would replace it. Delete model.loss_function first"
+            f"{type(model).__name__}: loss_function is {model.loss_function!r}, not "
+            "ForCausalLMLoss: this drop-in would pass it by. Set that one back first"
         )
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise IntegrationError(
@@ -85,15 +84,11 @@ def patch(model: Any, *, backend: str | None = None) -> Patch:
                 return (loss,)
             return outputs.CausalLMOutputWithPast(loss=loss)
 
-        forward.__signature__ = _signature(model)  # type: ignore[attr-defined]
+        # Trainer and generate read off its forward what the model takes
+        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         return [(model, "forward", forward)]
 
     return Patch(build)
-
-
-def _signature(model: Any) -> Any:
-    """Trainer and generate read what the model takes off its forward."""
-    return inspect.signature(model.forward)
 
 
 def _loss(model: Any, args: tuple, kwargs: dict[str, Any], backend: str | None) -> Tensor:
@@ -103,7 +98,7 @@ def _loss(model: Any, args: tuple, kwargs: dict[str, Any], backend: str | None) 
     ignore = kwargs.pop("ignore_index", -100)
     hidden = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
     if keep is not None:
-        hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) and keep else _all(keep)]
+        hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
     head = model.get_output_embeddings()
     targets = _shifted(labels, shifted, ignore).to(head.weight.device)
     softcap, scale = _head.scaling(model.config)
@@ -118,14 +113,11 @@ def _loss(model: Any, args: tuple, kwargs: dict[str, Any], backend: str | None) 
     return _reduce(logp, targets != ignore, items)
 
 
-def _all(keep: Any) -> Any:
-    return keep if isinstance(keep, Tensor) else slice(None)
-
-
 def _shifted(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
     if shift_labels is not None:
         return shift_labels
-    assert labels is not None, "labels: got None; allowed: a tensor, or shift_labels"
+    if labels is None:
+        raise ValueError("labels: got None; allowed: a tensor, or shift_labels")
     return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
