@@ -74,8 +74,9 @@ class Patch:
                     else:
                         setattr(owner, name, before)
                 elif not any(later._skip(ours, before) for later in Patch._on):
+                    of = getattr(owner, "__name__", type(owner).__name__)
                     warnings.warn(
-                        f"{getattr(owner, '__name__', type(owner).__name__)}.{name} was rebound by someone else after vgkern did; "
+                        f"{of}.{name} was rebound by someone else after vgkern did; "
                         "it is left as it is",
                         RuntimeWarning,
                         stacklevel=2,
