@@ -174,8 +174,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         m, to = metrics, self._metrics[mode]
         of_active = ("clip_low", "clip_high", "kl", "entropy")
         sums = torch.stack([m["tokens"], m["active"], *(m[k] * m["active"] for k in of_active)])
-        totals = self.accelerator.reduce(sums, reduction="sum").tolist()
-        tokens, active, low, high, kl, entropy = (totals[0] or 1.0, totals[1] or 1.0, *totals[2:])
+        totals: list[float] = self.accelerator.reduce(sums, reduction="sum").tolist()
+        tokens, active, low, high, kl, entropy = totals
+        tokens, active = max(tokens, 1.0), max(active, 1.0)
         to["entropy"].append(entropy / active)
         if self.beta:
             to["kl"].append(kl / tokens)

@@ -192,7 +192,7 @@ def patch(*, backend: str | None = None) -> Patch:
     found = parameters(getattr(op, "forward", None))
     refuse("verl", f"the signature of {FUSED}.LinearCrossEntropy.forward",
            found, FUSED_FORWARD, REMEDY)  # fmt: skip
-    owner = getattr(plain, "FusedLinearForPPO", None)
+    owner: Any = getattr(plain, "FusedLinearForPPO", None)
     found = parameters(getattr(owner, "forward", None))
     refuse("verl", f"the signature of {TORCH}.FusedLinearForPPO.forward",
            found, TORCH_FORWARD, REMEDY)  # fmt: skip
