@@ -340,3 +340,25 @@ def test_training_takes_the_same_steps(kind, tmp_path):
     close(runs[1][0], runs[0][0], 2e-5)
     for name, p in runs[0][1].items():
         close(runs[1][1][name], p, 1e-3)  # Adam divides by gradients near 0
+
+
+def test_sft_has_the_same_loss_and_accuracy(tmp_path):
+    """The trainer that also asks for the most likely token."""
+    runs = []
+    for patched in (False, True):
+        arguments = trl.SFTConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, report_to="none",
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
+            save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        )  # fmt: skip
+        made = trl.SFTTrainer(
+            model=llama(), args=arguments, processing_class=tokenizer(),
+            train_dataset=datasets.Dataset.from_list([{"text": t} for t in ("abca", "fe", "gaa")]),
+        )  # fmt: skip
+        made.remove_callback(transformers.PrinterCallback)
+        with ours.patch() if patched else contextlib.nullcontext() as on:
+            made.train()
+        assert not patched or on.calls == 2
+        runs.append(made.state.log_history[0])
+    for name in ("loss", "entropy", "mean_token_accuracy", "grad_norm"):
+        assert runs[1][name] == pytest.approx(runs[0][name], rel=1e-5)

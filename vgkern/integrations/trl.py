@@ -44,7 +44,7 @@ def patch(*, backend: str | None = None) -> Patch:
     Needs one forward product more for `is_top1` (SFTTrainer asks for it).
     """
     utils = _module()
-    stock = getattr(utils, NAME, None)
+    stock: Any = getattr(utils, NAME, None)
     _check(utils, stock)
 
     def build(patch: Patch) -> list[tuple[Any, str, Any]]:
@@ -127,6 +127,7 @@ def _check(utils: Any, stock: Any) -> None:
     used = NAME in _names(getattr(utils.add_fused_lm_head, "__code__", None))
     what = f"the function that add_fused_lm_head calls (is it {NAME}?)"
     refuse("trl", what, used, True, REMEDY)
+    worst: float | str
     try:
         worst = _compare(stock)
     except Exception as error:
@@ -147,8 +148,9 @@ def _compare(stock: Any) -> float:
     """Largest difference of any output or gradient of the two functions on 3 rows."""
     draw = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=draw) for shape in ((3, 4), (5, 4), (5,))]
-    results = []
-    for function in (stock.apply, scores):
+    results: list[list[Tensor]] = []
+    functions: tuple[Any, ...] = (stock.apply, scores)
+    for function in functions:
         leaves = [v.clone().requires_grad_() for v in values]
         out = function(*leaves, torch.tensor([4, 0, 2]), 0.7, 4, 3.0, 1.5, OUTPUTS)
         (out[0].sum() + 2 * out[1].sum()).backward()

@@ -167,7 +167,7 @@ def _advantages(estimator: str) -> Callable[..., Any]:
         token_level_rewards: Tensor,  # [B, T]
         response_mask: Tensor,  # [B, T]
         index: Any = None,  # [B] group of each sample, of any type
-        **_: Any,
+        **rest: Any,
     ) -> tuple[Tensor, Tensor]:
         if index is None:
             raise ValueError("index: got None; allowed: the group (uid) of every sample")
