@@ -286,6 +286,18 @@ def test_fused_trainer_has_the_loss_and_gradients_of_trl(configured):
     assert len(metrics["entropy"]) == 4 and 0 < metrics["entropy"][0] < math.log(VOCAB)
 
 
+@pytest.mark.parametrize("configured", [{"use_vllm": True, "beta": 0.1}], ids=str, indirect=True)
+@pytest.mark.parametrize("width", [1, NEW])
+def test_the_correction_of_vllm_and_evaluation(configured, width):
+    ratio = torch.rand(4, width, generator=torch.Generator().manual_seed(0)) + 0.5
+    inputs = batch(importance_sampling_ratio=ratio)
+    same(*(grads_of(made, inputs) for made in reversed(configured)))
+    for made in configured:
+        made.model.eval()
+    with torch.no_grad():
+        close(*(made._compute_loss(made.model, inputs) for made in reversed(configured)))
+
+
 REFUSED = [
     ({"top_entropy_quantile": 0.8}, "top_entropy_quantile"),
     ({"entropy_coef": 0.1}, "entropy_coef"),
