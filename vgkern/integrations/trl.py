@@ -8,7 +8,6 @@ FSDP gathering, PEFT, losses, metrics.
 
 import functools
 import importlib
-import logging
 import types
 from typing import Any
 
@@ -29,8 +28,6 @@ PARAMETERS = (
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # after the log-prob
 REMEDY = "Install trl>=1.16,<1.17, or train without vgkern.integrations.trl."
 BLOCK = 1 << 22  # logits held at once where their mean needs them
-
-log = logging.getLogger("vgkern")
 
 
 def patch(*, backend: str | None = None) -> Patch:
