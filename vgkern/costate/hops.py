@@ -196,7 +196,7 @@ class _Link:
 
     def local(self, objective: Tensor) -> Tensor:
         """lambda^(0) [B, L, He]."""
-        (costate,) = torch.autograd.grad(objective, self.inputs, retain_graph=True)
+        costate = self._activations(objective, None)
         _check.no_nan("objective", costate.flatten(0, -2).sum(-1), "its gradient at inputs_embeds")
         return costate
 
@@ -204,8 +204,15 @@ class _Link:
         """M: costate at inputs 1 .. L-1 [B, L-1, He] -> costate at all inputs [B, L, He]."""
         sampled = costate.masked_fill(~self.live[..., None], 0).to(self.next.dtype)
         (dh,) = torch.autograd.grad(self.next, self.row, sampled, retain_graph=True)
-        dh = F.pad(dh, (0, 0, 0, 1))
-        (out,) = torch.autograd.grad(self.hidden, self.inputs, dh, retain_graph=True)
+        return self._activations(self.hidden, F.pad(dh, (0, 0, 0, 1)))
+
+    def _activations(self, root: Tensor, grad: Tensor | None) -> Tensor:
+        """d root / d inputs, and nothing else: `retain_grad` fires in autograd.grad too, so that a
+        .grad kept on the way is put back."""
+        kept = [(t, t.grad) for t in (self.inputs, self.hidden) if t.retains_grad]
+        (out,) = torch.autograd.grad(root, self.inputs, grad, retain_graph=True)
+        for t, before in kept:
+            t.grad = before
         return out
 
 
