@@ -19,6 +19,8 @@ evaluations on fixed noise.
 """
 
 import argparse
+import copy
+import functools
 import json
 import statistics
 import time
@@ -32,6 +34,7 @@ from vgkern import costate
 from vgkern.train.model import Decoder, Shape
 
 V, P, T, PROMPTS = 16, 4, 16, 8
+EVERY = 2  # steps between evaluations
 SHAPE = Shape(vocab=V, width=64, layers=2, heads=4, mlp=192, context=P + T)
 METHODS = ("grpo", "score", "hops", "half", "annealed", "bias_aware")
 
@@ -65,6 +68,7 @@ class Reward:
         return (self.body.from_embeddings(x)[:, P:] @ self.readout).tanh().mean(-1)
 
 
+@functools.cache
 def start(seed: int) -> tuple[Decoder, Tensor]:
     """A model after 60 steps on Markov chains, and the prompts [8, 4], drawn from them."""
     g = torch.Generator().manual_seed(seed)
@@ -91,9 +95,11 @@ def start(seed: int) -> tuple[Decoder, Tensor]:
 
 
 @torch.no_grad()
-def rollout(model: Decoder, prompts: Tensor, seed: int) -> Tensor:  # [N, P] -> [N, P+T]
-    state, hidden = model.prefill(prompts.tolist(), 1, T)
-    out, sequence = [prompts], torch.arange(len(prompts))
+def rollout(model: Decoder, prompts: Tensor, group: int, seed: int) -> Tensor:
+    """`group` sequences [., P+T] after each of `prompts` [., P]."""
+    n = len(prompts) * group
+    state, hidden = model.prefill(prompts.tolist(), group, T)
+    out, sequence = [prompts.repeat_interleave(group, 0)], torch.arange(n)
     for t in range(T):
         noise = vgkern.Noise(seed, sequence, torch.tensor(t))
         out.append(vgkern.linear_sample(hidden, model.head().weight, noise).token[:, None])
@@ -103,8 +109,8 @@ def rollout(model: Decoder, prompts: Tensor, seed: int) -> Tensor:  # [N, P] -> 
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, reward: Reward, prompts: Tensor, n: int = 32) -> float:
-    ids = rollout(model, prompts.repeat_interleave(n, 0), 2**40)
+def evaluate(model: Decoder, reward: Reward, prompts: Tensor, group: int = 16) -> float:
+    ids = rollout(model, prompts, group, 2**40)
     return float(reward(reward.table[ids]).mean())
 
 
@@ -142,17 +148,18 @@ def gradients(
 
 
 def train(seed: int, method: str, lr: float, steps: int, n: int) -> dict:
-    model, prompts = start(seed)
+    model, prompts = copy.deepcopy(start(seed))
     reward = Reward(seed + 1000)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     mix, curve, weight = mix_of(method), [evaluate(model, reward, prompts)], []
     for step in range(steps):
-        ids = rollout(model, prompts[step % PROMPTS].expand(n, -1), 1 + step)
+        ids = rollout(model, prompts[step % PROMPTS, None], n, 1 + step)
         optimizer.zero_grad()
         gradients(model, reward, ids, method, mix, step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        curve.append(evaluate(model, reward, prompts))
+        if (step + 1) % EVERY == 0:
+            curve.append(evaluate(model, reward, prompts))
         weight.append(mix(step).pathwise)
     return {"curve": curve, "weight": weight}
 
@@ -161,7 +168,7 @@ def crossing(curve: list[float], level: float) -> float:
     """Steps until the curve is at `level`, interpolated; inf: never."""
     for i, y in enumerate(curve):
         if y >= level:
-            return 0.0 if i == 0 else i - 1 + (level - curve[i - 1]) / (y - curve[i - 1])
+            return EVERY * (i - 1 + (level - curve[i - 1]) / (y - curve[i - 1])) if i else 0.0
     return float("inf")
 
 
@@ -222,7 +229,7 @@ def plot(runs: dict, a: argparse.Namespace, path: Path) -> None:
         for m in a.methods.split(","):
             curves = [runs[m, lr, s]["curve"] for s in seeds]
             mean = [statistics.fmean(c) for c in zip(*curves, strict=True)]
-            axis.plot([a.n * i for i in range(len(mean))], mean, label=m)
+            axis.plot([a.n * EVERY * i for i in range(len(mean))], mean, label=m)
         axis.set(title=f"learning rate {lr:g}", xlabel="rollouts", ylabel="reward")
         axis.legend()
     figure.suptitle(f"mean of {a.seeds} seeds")
@@ -237,7 +244,7 @@ def main() -> None:
     p.add_argument("--methods", default=",".join(METHODS))
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--first-seed", type=int, default=100)
-    p.add_argument("--steps", type=int, default=100)
+    p.add_argument("--steps", type=int, default=60)
     p.add_argument("--n", type=int, default=8, help="rollouts per step, all of one prompt")
     p.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3])
     p.add_argument("--levels", type=int, nargs="+", default=[50, 70, 90])
