@@ -346,8 +346,7 @@ def test_entropy_and_a_teachers_score_are_not_the_score():
         entropy = vgkern.linear_token_logprobs(
             rows, run.weight, run.tokens.where(run.mask, -100), backend=backend
         ).entropy
-        if backend == "cpu":  # the reference's one graph has the lookup of its logp beside it
-            assert float(run.hops(entropy.sum(), **options).norms[0]) > 0
+        assert float(run.hops(entropy.sum(), **options).norms[0]) > 0
     teacher = llama(False, torch.float32)
     body = teacher.model(inputs_embeds=run.inputs_embeds).last_hidden_state[:, :-1]
     lp = vgkern.linear_token_logprobs(body, teacher.lm_head.weight, run.tokens).logp
@@ -466,3 +465,40 @@ def test_nothing_to_go_backward_through():
     run = costate.teacher_forced(ours(), sampled(ours(), RELAXATIONS["expected"]), MASK)
     with pytest.raises(ValueError, match="weight: got 0 without a score_loss"):
         run.hops(run.hidden.square().mean()).backward(weight=0.0)
+
+
+def test_the_trainers_hugging_face_policy_and_its_model_are_one():
+    """`teacher_forced` over the policy: its head, with the blocked ids in the bias."""
+    from vgkern.train.hf import HFPolicy
+
+    model = llama(True)
+    ids = sampled(model, RELAXATIONS["expected"])
+    a = costate.teacher_forced(HFPolicy(model, [0]), ids, MASK)
+    b = costate.teacher_forced(model, ids, MASK)
+    assert torch.equal(a.hidden, b.hidden) and a.weight is b.weight and a.embedding is b.embedding
+    assert b.bias is None and float(a.bias[0]) < -1e8 and float(a.bias[1:].abs().max()) == 0
+    want = model(input_ids=ids).logits
+    assert torch.allclose(b.hidden @ b.weight.T, want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_that_scales_its_logits_is_refused():
+    model = llama(False)
+    model.config.logits_scaling = 4.0
+    with pytest.raises(ValueError, match=r"model: .*scales its logits \(logits_scaling=4.0\)"):
+        costate.teacher_forced(model, torch.ones(B, L).long())
+
+
+def test_a_table_that_scales_its_rows():
+    """Gemma's embedding layer multiplies what it looks up; u = E lambda needs the product."""
+
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 3.0
+
+    model = llama(False)
+    layer = Scaled(V, D).double()
+    model.set_input_embeddings(layer)
+    run = costate.teacher_forced(model, torch.randint(V, (B, L)), MASK)
+    assert torch.equal(run.embedding, 3 * layer.weight.detach())
+    run.hops(run.hidden.square().mean()).backward()
+    assert float(layer.weight.grad.norm()) > 0
