@@ -105,6 +105,9 @@ def hops(
     tokens that hidden, head and noise choose again (near-ties count as chosen) must be at least
     `agreement`. Lower it for tokens of an older policy or of a truncated distribution.
 
+    Run the model eagerly: a compiled one makes its weights' gradients in every pass, and may not
+    allow a second pass at all.
+
     Raises ValueError / TypeError naming the argument: shapes, k < 0, tau <= 0, an embedding of
     another vocabulary, an embedding that did not make inputs_embeds or noise that did not draw the
     tokens (looked at on a CPU only), a hidden that does not depend on inputs_embeds, an objective
@@ -152,7 +155,7 @@ def hops(
     norms = [step.norm()]
     for _ in range(k - 1):
         if _check.can_look(h.device) and not bool(step.any()):
-            norms.append(norms[-1])
+            norms.append(norms[-1])  # M is nilpotent: nothing is left to carry
             continue
         step = link.pull(step[:, 1:])
         total = total + step
