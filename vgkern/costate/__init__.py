@@ -1,6 +1,8 @@
 """Costates: the gradient of the value at an input, carried backward through what was sampled."""
 
 from vgkern.costate.figure import draw_costates
+from vgkern.costate.hops import Hops, hops
+from vgkern.costate.mix import Mix, Weights
 from vgkern.costate.probe import Probe, ProbeResult, probe
 from vgkern.costate.sampling_gap import sampling_gap
 from vgkern.costate.signal import (
@@ -12,18 +14,25 @@ from vgkern.costate.signal import (
     over_groups,
     value_gradient_signal,
 )
+from vgkern.costate.teacher import TeacherForced, teacher_forced
 
 __all__ = [
     "LEAST",
     "CostateGram",
     "Estimate",
+    "Hops",
+    "Mix",
     "Probe",
     "ProbeResult",
     "Signal",
+    "TeacherForced",
+    "Weights",
     "draw_costates",
     "headroom",
+    "hops",
     "over_groups",
     "probe",
     "sampling_gap",
+    "teacher_forced",
     "value_gradient_signal",
 ]
