@@ -186,18 +186,17 @@ def noisy_embedding(
         raise TypeError(f"noise: got {_check.describe(noise)}; allowed: {why}")
     y = tokens.reshape(-1).contiguous()
     rows = (y, y) if noise is None or expected else noise.rows(shape, device)  # (y, y): not read
-    seed = 0 if noise is None else noise.seed
     chosen = choose(backend, device, hidden.dtype, embedding.dtype)
     cap = _check.softcap(softcap)
     if chosen == "torch":
-        drawn = None if expected else Noise(seed, *rows)
+        drawn = None if noise is None or expected else Noise(noise.seed, *rows)
         out = noisy_embedding_ref(h2, hw, bias, embedding, y, drawn, *scalars, cap)
     else:
-        signed = seed - 2**64 if seed >= 2**63 else seed  # int64 on the way down
+        seed = 0 if noise is None else noise.signed_seed
         e = embedding
         e = e if e.stride(1) == 1 and e.stride(0) >= e.shape[1] else e.contiguous()
         out = NoisyEmbeddingFunction.apply(
-            chosen, h2, hw, bias, e, y, (signed, *rows), (*scalars, cap, expected)
+            chosen, h2, hw, bias, e, y, (seed, *rows), (*scalars, cap, expected)
         )
     return out.view(*shape, embedding.shape[1])
 
