@@ -1,5 +1,6 @@
 """torch.compile, opcheck, autocast and torch.func over every op, by its cases."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -21,7 +22,9 @@ CASES = ("token_logprobs-v31-3d", "linear_token_logprobs-h123-v1035-all",
          "linear_sample-h123-v1035-3d", "linear_sample-all-cuts", "gaussian_action-n7-3d",
          "costate_scan-n33-done", "costate_scan-diagonal-n33-done", "linear_rollout-n4-shared",
          "linear_rollout-diagonal-n33", "noisy_embedding-h123-v1035-all",
-         "linear_divergence-h123-v1035-jsd", "linear_token_logprobs-all-cuts")  # fmt: skip
+         "linear_divergence-h123-v1035-jsd", "linear_token_logprobs-all-cuts",
+         "linear_policy_loss-costate-full", "linear_policy_loss-costate-gspo",
+         "linear_policy_loss-costate-expected", "linear_token_logprobs-costate-all")  # fmt: skip
 
 
 def function(case, backend):
@@ -79,6 +82,9 @@ def repeated(x, n):
             v = more(v)
         elif isinstance(v, vgkern.Noise):
             v = vgkern.Noise(v.seed, more(v.sequence), more(v.position))
+        elif isinstance(v, vgkern.Costate):
+            drawn = v.noise and vgkern.Noise(v.noise.seed, more(v.noise.sequence), v.noise.position)
+            v = dataclasses.replace(v, value=more(v.value), noise=drawn)
         out[k] = v
     return out
 
