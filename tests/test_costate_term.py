@@ -247,7 +247,8 @@ def run(n, h, v, w, e):
     x, y = torch.randn(n, h, requires_grad=True), torch.arange(n)
     noise = vgkern.Noise(0, torch.arange(n), torch.tensor(0))
     c = vgkern.Costate(torch.randn(n, h), e, noise, "gumbel")
-    vgkern.linear_policy_loss(x, w, y, torch.randn(n), costate=c, backend="cpu").loss.backward()
+    vgkern.linear_policy_loss(x, w, y, torch.randn(n), objective="dapo", costate=c,
+                              backend="cpu").loss.backward()
 n, h, v = 2048, 64, 50304
 w, e = torch.randn(v, h, requires_grad=True), torch.randn(v, h)
 run(4, h, v, w, e)

@@ -71,9 +71,7 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         backend, *head, ctx.scalars, costate = inputs
-        (ctx.seed, ctx.tau), rows = (
-            ((0, 1.0), ()) if costate is None else (costate[:2], costate[2:])
-        )
+        ctx.third, rows = ((), ()) if costate is None else (costate[:2], costate[2:])
         ctx.save_for_backward(*head, *output[:3], *rows)
         ctx.mark_non_differentiable(output[2])
         ctx.ops = operators(backend)
