@@ -205,90 +205,6 @@ void race(const float* z, int64_t n, int64_t v0, const RaceKey& key, RaceState& 
   s.dot += hsum(dot);
 }
 
-inline vf gumbel(vu word) {
-  vf u = (__builtin_convertvector(word, vf) + 0.5f) * 0x1p-32f;
-  const vf top = vset(1.f - 0x1p-24f);
-  u = u > top ? top : u;
-  const vf c = 1.f - u;  // log1p(-u) = log(c) - what the rounding of c lost
-  return -vlog(((c - 1.f) + u) / c - vlog(c));
-}
-
-// out = (z + gumbel) * inv_tau, and its maximum
-float perturb(const float* z, int64_t n, const RaceKey& key, float inv_tau, float* out) {
-  vu lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  vf top = vset(-kInf);
-  for (int64_t j = 0; j < n; j += 4 * W) {
-    vu c[4] = {lane + uint32_t(j / 4), key.position - vu{}, key.sequence_lo - vu{},
-               key.sequence_hi - vu{}};
-    philox(c, key.seed_lo, key.seed_hi);
-    vu al = zip(c[0], c[2], 0), ah = zip(c[0], c[2], 1);
-    vu bl = zip(c[1], c[3], 0), bh = zip(c[1], c[3], 1);
-    const vu words[4] = {zip(al, bl, 0), zip(al, bl, 1), zip(ah, bh, 0), zip(ah, bh, 1)};
-    for (int q = 0; q < 4; ++q) {
-      const int64_t at = j + q * W;
-      if (at >= n) break;
-      const bool whole = at + W <= n;
-      vf s = (whole ? load(z + at) : load_part(z + at, n - at, -kInf)) + gumbel(words[q]);
-      s = s * inv_tau;
-      top = vmax(top, s);
-      if (whole)
-        store(out + at, s);
-      else
-        store_part(out + at, n - at, s);
-    }
-  }
-  return hmax(top);
-}
-
-void costate(float* z, const float* u, int64_t n, const RaceKey* key, float inv_tau, float scale,
-             const Transform& t, float* s) {
-  float top;
-  if (key) {
-    top = perturb(z, n, *key, inv_tau, s);
-  } else {
-    std::memcpy(s, z, sizeof(float) * n);
-    top = row_max(s, n);
-  }
-  if (top == -kInf) {  // every id is blocked
-    std::memset(z, 0, sizeof(float) * n);
-    return;
-  }
-  int64_t best = 0;
-  while (best + 1 < n && !(s[best] >= top)) ++best;
-  // u relative to that of the winner: what remains of a collapsed row stays exact
-  const vf base = vset(u[best]), m = vset(top);
-  vf sum = vset(0.f), dot = sum;
-  for (int64_t j = 0; j < n; j += W) {
-    const bool whole = j + W <= n;
-    vf e = vexp((whole ? load(s + j) : load_part(s + j, n - j, -kInf)) - m);
-    sum += e;
-    dot += e * ((whole ? load(u + j) : load_part(u + j, n - j, 0.f)) - base);
-    if (whole)
-      store(s + j, e);
-    else
-      store_part(s + j, n - j, e);
-  }
-  const float total = hsum(sum);
-  const vf off = vset(hsum(dot) / total), k = vset(scale / total);
-  const float slope = t.softcap != 0.f ? 1.f / (t.inv_temperature * t.softcap) : 0.f;
-  for (int64_t j = 0; j < n; j += W) {
-    const bool whole = j + W <= n;
-    vf e = whole ? load(s + j) : load_part(s + j, n - j, 0.f);
-    vf d = ((whole ? load(u + j) : load_part(u + j, n - j, 0.f)) - base) - off;
-    vf g = e * k * d;
-    if (slope != 0.f) {
-      vf x = whole ? load(z + j) : load_part(z + j, n - j, 0.f);
-      x = x < -3e38f ? vset(0.f) : x * slope;
-      g = g * (1.f - x * x);
-    }
-    if (whole)
-      store(z + j, g);
-    else
-      store_part(z + j, n - j, g);
-  }
-}
-
 }  // namespace
 
 #define VG_STR2(a) #a
@@ -308,7 +224,6 @@ const RowKernels VG_OF_ISA(rows_) = {VG_STR(VG_ISA),
                                      grad,
                                      race,
                                      add,
-                                     costate,
                                      VG_OF_ISA(divergence_),
                                      VG_OF_ISA(divergence_grad_)};
 

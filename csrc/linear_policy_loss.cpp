@@ -11,7 +11,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
     const Tensor& advantages,  // [N]
     const Tensor& row_weight,  // [N], 0 where masked
     const OptTensor& old_logp, const OptTensor& ref_logp, const OptTensor& sampler_logp,  // [N]
-    double temperature, double softcap, c10::List<double> knobs, c10::List<bool> needs) {
+    double temperature, double softcap, c10::List<double> knobs, c10::List<bool> needs,
+    int64_t seed, double tau,
+    const OptTensor& costate,                              // [N, He]
+    const OptTensor& embedding,                            // [V, He]
+    const OptTensor& sequence, const OptTensor& position,  // [N]; none: relaxation "expected"
+    const OptTensor& costate_scale) {
   Head head(hidden, weight, bias, temperature, softcap);
   const Objective o(knobs);
   TORCH_CHECK(o.row_local(), "vgkern: a sequence-level objective needs all rows");
@@ -28,17 +33,23 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_policy_
   Tensor logp = at::zeros({head.n}, f32), counts = at::empty({Counts::kSize}, f32);
   Counts n;
   double loss = 0;
-  // A row whose coefficient is zero whatever its logits say costs nothing.
+  const auto costates = Costates::given(head, grads.any() ? costate : std::nullopt, embedding, seed,
+                                        sequence, position, tau, costate_scale);
+  // A row whose coefficient is zero whatever its logits say, and without a costate, costs nothing.
   std::vector<int64_t> active;
+  auto scored = [&](int64_t i) { return o.always_active() || adv[i] != 0.f; };
   for (int64_t i = 0; i < head.n; ++i) {
-    n.tokens += w[i] != 0.f;
-    if (w[i] != 0.f && (o.always_active() || adv[i] != 0.f)) active.push_back(i);
+    if (w[i] == 0.f) continue;
+    n.tokens += 1;
+    n.active += scored(i);
+    if (scored(i) || (costates && costates->live(i))) active.push_back(i);
   }
-  n.active = double(active.size());
-  LinearRows run(head, y, std::move(active));
+  LinearRows run(head, y, std::move(active), nullptr, costates ? &*costates : nullptr);
   run.run(grads.any() ? &grads : nullptr, [&](Chunk& k, float* c, float* e) {
     for (int64_t i = 0; i < k.count; ++i) {
       const int64_t r = k.rows[i];
+      c[i] = e[i] = 0.f;
+      if (!scored(r)) continue;
       const float lp = k.stats[i].logp;
       logp.data_ptr<float>()[r] = lp;
       Token token{lp, old ? old[r] : lp, adv[r]};

@@ -3,6 +3,7 @@
 The rule is in vgkern.cases; plain PyTorch is in tests/eager, one file per family of ops.
 """
 
+import dataclasses
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ def by_rows(x, change):
             v = changed(v)
         elif isinstance(v, vgkern.Noise):
             v = vgkern.Noise(v.seed, changed(v.sequence), changed(v.position))
+        elif isinstance(v, vgkern.Costate):
+            drawn = v.noise
+            if drawn is not None:
+                drawn = vgkern.Noise(drawn.seed, changed(drawn.sequence), changed(drawn.position))
+            v = dataclasses.replace(v, value=changed(v.value), noise=drawn)
         out[k] = v
     return out
 
@@ -146,7 +152,10 @@ def outputs(out, single):
 
 
 def moved(x, device):
-    """A tensor or noise on another device; anything else as it is."""
+    """A tensor, noise or costate on another device; anything else as it is."""
+    if isinstance(x, vgkern.Costate):
+        given = {f.name: moved(getattr(x, f.name), device) for f in dataclasses.fields(x)}
+        return vgkern.Costate(**given)
     if isinstance(x, vgkern.Noise):
         return vgkern.Noise(x.seed, x.sequence.to(device), x.position.to(device))
     return x.to(device) if isinstance(x, torch.Tensor) else x
@@ -222,6 +231,7 @@ def dtypes(case, backend):
 HALF = ("token_logprobs-v1035-ignore", "linear_token_logprobs-h123-v1035-all",
         "linear_token_logprobs-all-cuts", "linear_policy_loss-full-bias", "linear_sample-all-cuts",
         "gaussian_action-n7-3d", "costate_scan-n33-done", "linear_rollout-n4-shared",
-        "noisy_embedding-h123-v1035-all", "linear_divergence-h123-v1035-jsd")  # fmt: skip
+        "noisy_embedding-h123-v1035-all", "linear_divergence-h123-v1035-jsd",
+        "linear_token_logprobs-costate-all", "linear_policy_loss-costate-full")  # fmt: skip
 LONG = ("costate_scan-long", "costate_scan-diagonal-long", "linear_rollout-long",
         "linear_rollout-diagonal-long-number")  # fmt: skip

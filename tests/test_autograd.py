@@ -15,7 +15,8 @@ CASES = ("token_logprobs-v1000-softcap", "linear_token_logprobs-h123-v1035-all",
          "policy_loss-full", "policy_loss-gspo", "linear_policy_loss-full-bias",
          "linear_policy_loss-gspo", "linear_token_logprobs-all-cuts", "gaussian_action-n7-3d",
          "costate_scan-n33-done", "linear_rollout-n4-shared", "noisy_embedding-h123-v1035-all",
-         "linear_divergence-h123-v1035-jsd")  # fmt: skip
+         "linear_divergence-h123-v1035-jsd", "linear_policy_loss-costate-full",
+         "linear_policy_loss-costate-gspo", "linear_token_logprobs-costate-all")  # fmt: skip
 
 
 def prepared(name, backend):
