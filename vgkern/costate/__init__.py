@@ -1,1 +1,5 @@
 """Costates: the gradient of the value at an input, carried backward through what was sampled."""
+
+from vgkern.costate.analytic import Teacher, analytic_loss, future_advantages
+
+__all__ = ["Teacher", "analytic_loss", "future_advantages"]
