@@ -328,7 +328,7 @@ def _with_columns(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
         for _ in range(3):
             assert rest is not None
             part = rest.to(weight.dtype)
-            parts.append(part if not parts else part.detach())  # the first carries its gradient
+            parts.append(part)  # the first carries the gradient of the bias
             rest = (rest - part.to(rest.dtype)).detach().nan_to_num(0.0)  # -inf is one part
         columns = torch.cat([torch.stack(parts, 1), columns[:, len(parts) :]], 1)
     return (
