@@ -86,8 +86,11 @@ def test_the_gradient_is_the_reference(folder, settings):
     assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("settings", TERMS)
-@pytest.mark.parametrize("estimator", ["analytic", "sampled"])
+@pytest.mark.parametrize(
+    "settings, estimator",
+    [(TERMS[2], "analytic"), (TERMS[4], "analytic"), (TERMS[2], "sampled")],
+    ids=["all", "direct", "sampled"],
+)
 def test_micro_batches_give_the_same_gradient_and_metrics(folder, settings, estimator):
     made = moved(trainer(kl_estimator=estimator, **with_teacher(settings, folder)))
     whole = made.batch(*batch(made))
@@ -140,7 +143,7 @@ def test_sampled_distillation_is_reward_to_go_of_the_log_ratio(folder):
     assert (got - gradient(made)).norm() < 1e-4 * got.norm() != 0
 
 
-@pytest.mark.parametrize("estimator, steps", [("analytic", 25), ("sampled", 60)])
+@pytest.mark.parametrize("estimator, steps", [("analytic", 30), ("sampled", 45)])
 def test_distillation_reaches_its_teacher(tmp_path, folder, estimator, steps):
     """Without task reward; the teacher stays as it was."""
     settings = dict(
