@@ -1,4 +1,4 @@
-"""`python -m vgkern train | build | doctor`. Each command imports only what it needs."""
+"""`python -m vgkern train | bench | build | doctor`. Each command imports only what it needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "train": "train a language model with RL (--help lists every setting)",
+    "bench": "time every op against the others on this machine (--quick: two minutes)",
     "build": "compile the native kernels now, into the cache",
     "doctor": "say what runs here: backends, compiler, cache",
 }
@@ -25,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     command = parser.parse_args(given).command
     if command == "doctor":
         return doctor(rest)
+    if command == "bench":
+        from vgkern.bench.cli import main as bench
+
+        return bench(rest)
     return train(rest) if command == "train" else native(command, rest)
 
 
