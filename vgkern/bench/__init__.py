@@ -7,7 +7,8 @@ clock       interleaved timing, medians, noise; CPU and CUDA clocks
 memory      peak extra memory of one call
 roof        copy bandwidth and GEMM rate of this machine
 rivals/     one adapter per library, ours included
-group       one op at one shape: every variant checked against ours, then timed
+group       one op at one shape: every variant on the same tensors, its check against ours
+measure     those timed in turn, as rows
 plan        which groups, in which order, within how much time
 run         the plan carried out, with progress
 record      rows and the JSON file; table, plots, compare: what is made of it

@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         p.error("argument --device: got cuda; torch finds no CUDA device")
     try:
         if given.compare:
-            return compare.files(*(read(path) for path in given.compare), given.threshold)
+            before, after = (read(path) for path in given.compare)
+            return compare.files(before, after, given.threshold)
         if given.threads:
             torch.set_num_threads(given.threads)
         asked = options(given)

@@ -1,20 +1,17 @@
-"""One op at one shape: every variant on the same tensors, checked against ours, then timed."""
+"""One op at one shape: every variant on the same tensors, and its check against ours."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import vgkern
 
-from . import inputs, roof
-from .clock import LEAST_ROUNDS, Call, Clock, graphed, paired
-from .record import Row
+from . import inputs
+from .clock import Call
 from .rivals import DEFAULT, RIVALS, Ours, Outputs, Rival, Skip
-from .work import BOTH, Inputs, Work, bare_products, cost, differentiated, size, tensors
+from .work import BOTH, Inputs, Work, bare_products, differentiated, size, tensors
 
 GEMM = "bare GEMMs"
 # What a rival may differ from us, relative: more is another formula, not another rounding. Logits
@@ -39,7 +36,7 @@ def library(name: str, device: torch.device) -> Rival:
         except Skip as why:
             _loaded[key] = why
         except Exception as error:  # a library that breaks at import must not end the run
-            _loaded[key] = Skip(f"{type(error).__name__}: {_first_line(error)}")
+            _loaded[key] = Skip(f"{type(error).__name__}: {first_line(error)}")
     found = _loaded[key]
     if isinstance(found, Skip):
         raise found
@@ -57,7 +54,7 @@ class Group:
             new = {k: v.clone() if isinstance(v, Tensor) else v for k, v in x.items()}
             self.xs.append(self._leaves(new))
         self.upstream: list[Tensor] = []
-        self._expected: tuple[Outputs, list[Tensor]] | None = None
+        self.expected: tuple[Outputs, list[Tensor]] | None = None
 
     def _leaves(self, x: Inputs) -> Inputs:
         return {k: v.detach().requires_grad_() if k in self.leaves else v for k, v in x.items()}
@@ -119,19 +116,17 @@ class Group:
             return 0.0
         if self.work.op == "linear_sample":
             return self._check_sample(name)
-        if self._expected is None:
-            self._expected = self.result(self.base)
+        if self.expected is None:
+            self.expected = self.result(self.base)
             self.forget()
         if name == self.base:
             return 0.0
-        (out, grads), (true, true_grads) = self.result(name), self._expected
-        errors = [
-            _difference(a, b, 0.1) for a, b in zip(out, true, strict=False) if a is not None
-        ]
+        (out, grads), (true, true_grads) = self.result(name), self.expected
+        errors = [difference(a, b, 0.1) for a, b in zip(out, true, strict=False) if a is not None]
         for k, a, b in zip(self.leaves, grads, true_grads, strict=True):
             if a is None:
                 raise Skip(f"it gives no gradient of {k}")
-            errors.append(_difference(a, b, 0.0))
+            errors.append(difference(a, b, 0.0))
         self.forget()
         return self._verdict(max(errors))
 
@@ -148,7 +143,7 @@ class Group:
         if len(gap) > 1 and abs(float(gap.mean())) > 6 * error:
             raise Skip(f"draws from another distribution: mean log-prob {float(gap.mean()):+.2g} "
                        f"from minus the entropy, standard error {error:.2g}")  # fmt: skip
-        return self._verdict(_difference(logp, true.logp, 0.1))
+        return self._verdict(difference(logp, true.logp, 0.1))
 
     def _verdict(self, error: float) -> float:
         allowed = TOLERANCE[self.work.dtype]
@@ -163,69 +158,9 @@ class Group:
         return call
 
 
-def measure(
-    work: Work, device: torch.device, names: Sequence[str], clock: Clock,
-    rates: dict[str, float], rounds: int, limit: float, copies: int = 0,
-) -> tuple[list[Row], list[tuple[str, str]]]:  # fmt: skip
-    """Rows of the variants, and those that were skipped, each with its reason."""
-    group = Group(work, device, copies)
-    errors: dict[str, float] = {}
-    runs: dict[str, list[Call]] = {}
-    skipped: list[tuple[str, str]] = []
-    for name in dict.fromkeys([group.base, *names, GEMM]):
-        try:
-            errors[name] = group.check(name)
-            runs[name] = [group.call(name, x) for x in group.xs]
-            began = clock.now()
-            runs[name][0]()  # warm, compiled
-            group.forget()
-            if name != group.base and (took := clock.now() - began) > limit / LEAST_ROUNDS:
-                del runs[name]
-                raise Skip(f"one call takes {took:.1f} s, too long for the time budget")
-        except Skip as why:
-            skipped.append((name, str(why)))
-        except Exception as error:
-            skipped.append((name, f"{type(error).__name__}: {_first_line(error)}"))
-    group._expected = None  # the memory of its gradients
-    wanted = {k: r for k, r in runs.items() if k in (group.base, *names, GEMM)}
-    base = group.base if group.base in wanted else next(iter(wanted), "")
-    if not base:
-        return [], skipped
-    capture = graphed if device.type == "cuda" else None
-    timings = paired(wanted, base, clock, rounds, limit, capture)
-    flops, nbytes = cost(work, group.xs[0])
-    least = roof.floor(rates, work.dtype, flops, nbytes)
-    gemm = timings[GEMM].seconds if GEMM in timings else None
-    rows = []
-    for name, t in timings.items():
-        if name == group.base and name not in names:
-            continue  # it was there to compare with
-        note = "" if name == GEMM else library(name, device).note(work.op)
-        peak = None
-        if device.type == "cuda" and name != GEMM:
-            from .memory import cuda_peak
-
-            group.forget()
-            peak = cuda_peak(runs[name][0])
-        rows.append(
-            Row(**fields(work), variant=name, seconds=t.seconds, ratio=t.ratio, noise=t.noise,
-                rounds=t.rounds, calls=t.calls, clock=t.clock, flops=flops, bytes=nbytes,
-                of_roof=None if name == GEMM else least / t.seconds,
-                of_gemm=gemm and gemm / t.seconds,
-                peak_mib=peak, error=None if name in (GEMM, group.base) else errors[name],
-                note=note)
-        )  # fmt: skip
-    return rows, skipped
-
-
-def fields(work: Work) -> dict[str, Any]:
-    """The fields of a row that say what ran."""
-    return dataclasses.asdict(work)
-
-
-def _difference(a: Tensor, b: Tensor, least: float) -> float:
+def difference(a: Tensor, b: Tensor | None, least: float) -> float:
     """|a - b| / |b|, norms; |b| counts as at least `least` an element. A head's worth at a time."""
-    if a.shape != b.shape:
+    if b is None or a.shape != b.shape:
         return math.inf
     above = below = 0.0
     for p, q in zip(a.reshape(-1).split(1 << 24), b.reshape(-1).split(1 << 24), strict=True):
@@ -235,6 +170,6 @@ def _difference(a: Tensor, b: Tensor, least: float) -> float:
     return math.sqrt(above) / scale if scale else (0.0 if above == 0 else math.inf)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return lines[0][:160]

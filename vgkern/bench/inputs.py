@@ -22,10 +22,7 @@ _weights: dict[tuple, Tensor] = {}  # of the last head: it is slow to draw
 
 
 def make(work: Work, device: torch.device, seed: int = 0) -> Inputs:
-    if work.op not in HEADS:
-        x = work.case.make(work.torch_dtype, seed)
-    else:
-        x = _head(work, seed)
+    x = _head(work, seed) if work.op in HEADS else work.case.make(work.torch_dtype, seed)
     return {k: _to(v, device) for k, v in x.items()}
 
 

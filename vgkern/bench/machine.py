@@ -62,7 +62,7 @@ def git(*arguments: str) -> str:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    fields = {}
+    fields: dict[str, str] = {}
     for line in info.read_text().splitlines() if info.exists() else []:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())

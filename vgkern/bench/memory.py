@@ -76,14 +76,13 @@ def main(asked: str) -> dict[str, float]:
     given = json.loads(asked)
     torch.set_num_threads(given["threads"])
     work, device = Work(**given["work"]), torch.device("cpu")
-    few = Group(work.replace(rows=min(work.rows, 16)), device) if work.vocab else None
-    for name in given["variants"] if few else ():
-        few.warm(name)
+    if work.vocab:
+        few = Group(work.replace(rows=min(work.rows, 16)), device)
+        for name in given["variants"]:
+            few.warm(name)
     group, found = Group(work, device), {}
     for name in given["variants"]:
         call = group.call(name)
-        if call is None:
-            continue
         if name in ("torch.compile", "cut-cross-entropy", "Liger"):
             call()
         group.forget()

@@ -98,9 +98,7 @@ def plan(options: Options, rates: dict[str, float], free: float) -> list[Work]:
     return works
 
 
-def _works(
-    options: Options, rates: dict[str, float], free: float, seconds: float
-) -> list[Work]:  # fmt: skip
+def _works(options: Options, rates: dict[str, float], free: float, seconds: float) -> list[Work]:
     found = [
         _sized(Work(op, shape, dtype), options, rates, free, seconds)
         for shape in MODELS
@@ -185,7 +183,9 @@ def estimate(work: Work, options: Options, rates: dict[str, float]) -> float:
 
 def wants_peak(work: Work, options: Options) -> bool:
     """Whether its memory is measured too: in a process of its own, which takes seconds."""
-    if work.op not in MEMORY_OPS or work.pass_ != BOTH or work.sweep or options.device.type != "cpu":
+    if options.device.type != "cpu" or work.sweep:
+        return False
+    if work.op not in MEMORY_OPS or work.pass_ != BOTH:
         return False
     if options.level == "quick":
         return work.op == SWEPT and work.shape == options.models(SWEPT)[-1]
@@ -195,4 +195,3 @@ def wants_peak(work: Work, options: Options) -> bool:
 def roof_types(options: Options) -> list[str]:
     found = [t for s in (*MODELS, "") for t in options.types(s)]
     return list(dict.fromkeys(found))
-

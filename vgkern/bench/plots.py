@@ -133,7 +133,7 @@ def roofline(axes: Any, report: Report) -> bool:
         types += [r.dtype] * (r.dtype not in types)
         i = ops.index(r.op)
         axes.plot(
-            r.flops / r.bytes, r.flops / r.seconds / 1e9, MARKS[i % len(MARKS)], ms=6,
+            r.flops / r.bytes, r.flops / (r.seconds or 1) / 1e9, MARKS[i % len(MARKS)], ms=6,
             color=f"C{i % 10}", mfc="none" if r.dtype != types[0] else None, ls="none",
             label=r.op if new else None,
         )  # fmt: skip

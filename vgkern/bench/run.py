@@ -9,8 +9,9 @@ import torch
 
 from . import memory, offline, roof
 from .clock import Clock, EventClock, WallClock
-from .group import GEMM, fields, library, measure
+from .group import GEMM, library
 from .machine import free_bytes, machine, versions
+from .measure import fields, measure
 from .plan import Options, estimate, plan, roof_types, variants, wants_peak
 from .record import Report, Row
 from .rivals import Skip
@@ -86,10 +87,9 @@ def _one(work: Work, options: Options, report: Report, clock: Clock, limit: floa
         return report.skip(str(work), str(why))
     except RuntimeError as error:  # out of memory, most of all
         return report.skip(str(work), f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
-    for name, why in skipped:
-        general = why in ("it has no such op", "no product with a head") or name in absent
-        if not general:
-            report.skip(f"{name}: {work}", why)
+    for name, reason in skipped:
+        if reason not in ("it has no such op", "no product with a head"):
+            report.skip(f"{name}: {work}", reason)
     report.rows += rows
     if wants_peak(work, options):
         _peaks(work, [r for r in rows if r.variant != GEMM], report)
