@@ -77,8 +77,12 @@ def test_a_short_call_is_repeated_within_a_sample():
 
 
 def test_no_round_starts_after_the_limit_but_three_do():
-    assert paired({"a": [lambda: "a"]}, "a", FakeClock({"a": [1.0]}), 50, limit=6.5)["a"].rounds == 6
-    assert paired({"a": [lambda: "a"]}, "a", FakeClock({"a": [9.0]}), 50, limit=1.0)["a"].rounds == 3
+    assert (
+        paired({"a": [lambda: "a"]}, "a", FakeClock({"a": [1.0]}), 50, limit=6.5)["a"].rounds == 6
+    )
+    assert (
+        paired({"a": [lambda: "a"]}, "a", FakeClock({"a": [9.0]}), 50, limit=1.0)["a"].rounds == 3
+    )
 
 
 def test_median_and_noise():
@@ -164,7 +168,9 @@ def test_rows_are_cut_to_memory_and_time():
     plenty = plan(asked, {k: v * 1e6 for k, v in RATES.items()}, 1e15)
     little = plan(asked, {k: v * 1e6 for k, v in RATES.items()}, free / 0.4)
     assert {(w.rows, w.cut) for w in plenty if not w.sweep} == {(8192, "")}
-    assert {(w.rows, w.cut) for w in little if not w.sweep} == {(1024, "memory")}  # 2.3 GB beside the head
+    assert {(w.rows, w.cut) for w in little if not w.sweep} == {
+        (1024, "memory")
+    }  # 2.3 GB beside the head
 
 
 def test_the_plan_fits_its_budget_and_covers_every_op():
@@ -322,9 +328,14 @@ def test_table_shows_figures_and_what_is_missing():
     ours = next(line for line in text.splitlines() if "vgkern cpu" in line and "ms" in line)
     assert ours.split() == ["vgkern", "cpu", "10", "ms", "1.00", "3%", "50", "80", "12"]
     assert "(32 of 8192 rows: as asked)" in text
-    assert "  Liger (linear_sample): computes something else" in text
+    assert "  Liger (linear_sample tiny 8x256x512 fp32 fwd): computes something else" in text
     assert max(map(len, text.splitlines())) <= 130
-    assert [table.duration(s) for s in (None, 2.5, 0.0123, 4.56e-6)] == ["", "2.5 s", "12.3 ms", "4.56 us"]
+    assert [table.duration(s) for s in (None, 2.5, 0.0123, 4.56e-6)] == [
+        "",
+        "2.5 s",
+        "12.3 ms",
+        "4.56 us",
+    ]
 
 
 def test_compare_counts_ours_beyond_threshold_and_noise(tmp_path, capsys):

@@ -14,6 +14,8 @@ from .record import Row
 from .rivals import Skip
 from .work import Work, cost
 
+LEAST_LIMIT = 0.25  # seconds: one call is never too long below
+
 
 def measure(
     work: Work, device: torch.device, names: Sequence[str], clock: Clock,
@@ -31,7 +33,8 @@ def measure(
             began = clock.now()
             runs[name][0]()  # warm, compiled
             group.forget()
-            if name != group.base and (took := clock.now() - began) > limit / LEAST_ROUNDS:
+            took = clock.now() - began
+            if name != group.base and took > max(limit / LEAST_ROUNDS, LEAST_LIMIT):
                 del runs[name]
                 raise Skip(f"one call takes {took:.1f} s, too long for the time budget")
         except Skip as why:

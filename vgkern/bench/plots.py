@@ -7,7 +7,7 @@ from typing import Any
 
 from .group import GEMM
 from .record import Report, Row
-from .work import BOTH
+from .work import BOTH, FWD, differentiated
 
 ABSENT = "not drawn: pip install 'vgkern[bench]' (matplotlib)"
 COLOURS = {
@@ -121,7 +121,7 @@ def roofline(axes: Any, report: Report) -> bool:
     """Flop/s over flops per byte, both of the ideal kernel, for vgkern's own choice of backend."""
     base = next((r.variant for r in report.rows if r.variant.startswith("vgkern")), "")
     rows = [r for r in report.rows if r.variant == base and r.seconds and r.flops and r.bytes
-            and not r.sweep and r.pass_ == BOTH]  # fmt: skip
+            and not r.sweep and r.pass_ == (BOTH if differentiated(r.op) else FWD)]  # fmt: skip
     if not rows:
         return False
     copy, ops, types = report.roof["copy"], [], []
@@ -137,6 +137,7 @@ def roofline(axes: Any, report: Report) -> bool:
             color=f"C{i % 10}", mfc="none" if r.dtype != types[0] else None, ls="none",
             label=r.op if new else None,
         )  # fmt: skip
+    drawn: list[float] = []
     for dtype in types:
         rate = max(report.roof[dtype], report.roof["fp32"])
         ridge = rate / copy
@@ -144,11 +145,12 @@ def roofline(axes: Any, report: Report) -> bool:
         axes.plot(points, [min(p * copy, rate) / 1e9 for p in points], color="black", lw=1.2,
                   ls="-" if dtype == types[0] else "--")  # fmt: skip
         axes.annotate(f"{dtype} {rate / 1e9:,.0f} GFLOP/s", (high, rate / 1e9), fontsize=7,
-                      ha="right", va="bottom" if dtype == types[0] else "top")  # fmt: skip
+                      ha="right", va="top" if rate in drawn else "bottom")  # fmt: skip
+        drawn.append(rate)
     axes.annotate(f"copy {copy / 1e9:.1f} GB/s", (low, low * copy / 1e9), fontsize=7, va="bottom")
     filled = f"; filled {types[0]}, open {types[1]}" if len(types) > 1 else ""
     axes.set(xscale="log", yscale="log", xlabel="flops per byte of the ideal kernel",
-             ylabel="GFLOP/s", title=f"{base}, {BOTH}{filled}")  # fmt: skip
+             ylabel="GFLOP/s", title=f"{base}, forward and backward{filled}")  # fmt: skip
     axes.legend(frameon=False, fontsize=7, loc="lower right")
     return True
 

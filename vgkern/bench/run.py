@@ -9,7 +9,7 @@ import torch
 
 from . import memory, offline, roof
 from .clock import Clock, EventClock, WallClock
-from .group import GEMM, library
+from .group import GEMM, first_line, library
 from .machine import free_bytes, machine, versions
 from .measure import fields, measure
 from .plan import Options, estimate, plan, roof_types, variants, wants_peak
@@ -18,6 +18,7 @@ from .rivals import Skip
 from .work import Work
 
 TRAINER = "benchmarks/trl_step.py times a step of TRL's GRPOTrainer against vgkern's trainer"
+EVERY = "every variant"
 Say = Callable[[str], None]
 
 
@@ -46,9 +47,10 @@ def run(options: Options, out: Path | None = None, tell: Say = say) -> Report:
         remaining = options.seconds - spent
         tell(f"[{i + 1}/{len(works)}] {work}{_cut(work)}; {_left(min(rest, remaining))}")
         if not work.rows and work.vocab:
-            report.skip(str(work), "not even 16 rows fit in memory")
+            report.skip(f"{EVERY}: {work}", "not even 16 rows fit in memory")
         elif remaining <= 0:
-            report.skip(str(work), f"the time budget of {options.seconds:.0f} s was spent")
+            why = f"the time budget of {options.seconds:.0f} s was spent"
+            report.skip(f"{EVERY}: {work}", why)
         else:
             limit = max(remaining * left[i] / rest, 0.2)
             _one(work, options, report, clock, limit)
@@ -84,9 +86,9 @@ def _one(work: Work, options: Options, report: Report, clock: Clock, limit: floa
             work, options.device, names, clock, report.roof, options.rounds, limit
         )
     except Skip as why:
-        return report.skip(str(work), str(why))
-    except RuntimeError as error:  # out of memory, most of all
-        return report.skip(str(work), f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
+        return report.skip(f"{EVERY}: {work}", str(why))
+    except (RuntimeError, MemoryError) as error:  # out of memory, most of all
+        return report.skip(f"{EVERY}: {work}", f"{type(error).__name__}: {first_line(error)}")
     for name, reason in skipped:
         if reason not in ("it has no such op", "no product with a head"):
             report.skip(f"{name}: {work}", reason)
@@ -99,7 +101,7 @@ def _peaks(work: Work, rows: list[Row], report: Report) -> None:
     try:
         found = memory.peaks(work, [r.variant for r in rows], torch.get_num_threads())
     except Skip as why:
-        return report.skip(str(work), str(why))
+        return report.skip(f"{EVERY}: {work}", str(why))
     for row in rows:
         row.peak_mib = found.get(row.variant)
 

@@ -96,6 +96,8 @@ def _grouped(skipped: list[dict[str, Any]]) -> list[tuple[str, str]]:
     lines = []
     for (name, why), works in found.items():
         ops = list(dict.fromkeys(w.split()[0] for w in works if w))
-        where = f" ({', '.join(ops)})" if ops else ""
+        shown = [w for w in works if w]
+        where = f" ({shown[0] if len(shown) == 1 else ', '.join(ops)})" if shown else ""
+        where += f" {len(shown)} times" if len(shown) > 1 else ""
         lines.append((name + where, why))
     return lines
