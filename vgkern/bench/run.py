@@ -14,7 +14,7 @@ from .machine import free_bytes, machine, versions
 from .measure import fields, measure
 from .plan import Options, estimate, plan, roof_types, variants, wants_peak
 from .record import Report, Row
-from .rivals import Skip
+from .rivals import DEFAULT, Skip
 from .work import Work
 
 TRAINER = "benchmarks/trl_step.py times a step of TRL's GRPOTrainer against vgkern's trainer"
@@ -67,7 +67,8 @@ def run(options: Options, out: Path | None = None, tell: Say = say) -> Report:
 def _load(options: Options, report: Report, tell: Say) -> None:
     """Import the libraries now, so that no import is timed; those that cannot run are named."""
     device = options.device
-    names = [f"vgkern {b}" for b in options.backends] + list(options.rivals)
+    names = [f"vgkern {b}" for b in options.backends or DEFAULT[device.type]]
+    names += options.rivals
     tell("looking for " + ", ".join(names))
     for name in names:
         try:
