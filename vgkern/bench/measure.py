@@ -29,14 +29,14 @@ def measure(
     for name in dict.fromkeys([group.base, *names, GEMM]):
         try:
             errors[name] = group.check(name)
-            runs[name] = [group.call(name, x) for x in group.xs]
+            calls: list[Call] = [group.call(name, x) for x in group.xs]
             began = clock.now()
-            runs[name][0]()  # warm, compiled
+            calls[0]()  # warm, compiled
             group.forget()
             took = clock.now() - began
             if name not in (group.base, GEMM) and took > max(limit / LEAST_ROUNDS, LEAST_LIMIT):
-                del runs[name]
                 raise Skip(f"one call takes {took:.1f} s, too long for the time budget")
+            runs[name] = calls
         except Skip as why:
             skipped.append((name, str(why)))
         except Exception as error:

@@ -12,7 +12,7 @@ import torch
 
 from .rivals import DEFAULT, NAMES
 from .shapes import MODELS, SAMPLES, cut, memory_rows
-from .work import BOTH, CASES, DTYPES, FWD, HEADS, OPS, Work, gemm_flops
+from .work import BOTH, CASES, DTYPES, HEADS, OPS, Work, gemm_flops
 
 CALLS = (0.6, 0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.015)  # seconds of the bare products of one call
 ROUNDS = {"quick": 5, "default": 7, "full": 15}
@@ -23,6 +23,7 @@ LARGE = ("llama-3-8b", "qwen3-32b")
 LAST = ("qwen2.5-0.5b", *LARGE)
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 SWEPT = "linear_policy_loss"
+LOOPS = ("costate_scan", "linear_rollout")  # in plain PyTorch a loop over time
 MEMORY_OPS = (SWEPT, "linear_token_logprobs")
 
 
@@ -71,6 +72,8 @@ class Options:
 def variants(work: Work, options: Options) -> list[str]:
     """Who runs: our backends first, the base before all."""
     default = DEFAULT[options.device.type]
+    if work.op in LOOPS and options.level != "full":  # seconds, for what nobody would run
+        default = default[:-1]
     ours = [f"vgkern {b}" for b in options.backends or default]
     rivals = [r for r in options.rivals if _worth_compiling(work, options) or r != "torch.compile"]
     if work.sweep:
@@ -81,7 +84,7 @@ def variants(work: Work, options: Options) -> list[str]:
 
 def _worth_compiling(work: Work, options: Options) -> bool:
     """A compilation takes seconds for every shape; forward alone is left to --full."""
-    if options.level == "full" or work.pass_ not in (FWD, BOTH):
+    if options.level == "full":
         return True
     if options.level == "quick":
         return work.op == SWEPT and work.shape == options.models(SWEPT)[-1]

@@ -147,7 +147,7 @@ def roofline(axes: Any, report: Report) -> bool:
         axes.annotate(f"{dtype} {rate / 1e9:,.0f} GFLOP/s", (high, rate / 1e9), fontsize=7,
                       ha="right", va="top" if rate in drawn else "bottom")  # fmt: skip
         drawn.append(rate)
-    axes.annotate(f"copy {copy / 1e9:.1f} GB/s", (low, low * copy / 1e9), fontsize=7, va="bottom")
+    axes.annotate(f"  copy {copy / 1e9:.1f} GB/s", (low, low * copy / 1e9), fontsize=7, va="top")
     filled = f"; filled {types[0]}, open {types[1]}" if len(types) > 1 else ""
     axes.set(xscale="log", yscale="log", xlabel="flops per byte of the ideal kernel",
              ylabel="GFLOP/s", title=f"{base}, forward and backward{filled}")  # fmt: skip
