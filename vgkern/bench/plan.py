@@ -171,7 +171,7 @@ def _sweeps(options: Options, rates: dict[str, float], free: float, seconds: flo
 def estimate(work: Work, options: Options, rates: dict[str, float]) -> float:
     """Seconds that the group takes, roughly."""
     names = variants(work, options)
-    draw = 2e-8 * work.hidden * work.vocab
+    draw = 2e-8 * work.hidden * work.vocab  # of the head
     if work.sweep == "rows":
         return 8.0 + draw
     ideal = 0.01
@@ -199,5 +199,4 @@ def wants_peak(work: Work, options: Options) -> bool:
 
 
 def roof_types(options: Options) -> list[str]:
-    found = [t for s in (*MODELS, "") for t in options.types(s)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(t for s in (*MODELS, "") for t in options.types(s)))
