@@ -1,4 +1,4 @@
-"""`python -m vgkern train | probe | build | doctor`. Each command imports only what it needs."""
+"""`python -m vgkern COMMAND`. Each command imports only what it needs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "train": "train a language model with RL (--help lists every setting)",
     "probe": "say what a checkpoint's costates say: signal, headroom, norms (and a picture)",
+    "bench": "time every op against the others on this machine (--quick: two minutes)",
     "build": "compile the native kernels now, into the cache",
     "doctor": "say what runs here: backends, compiler, cache",
 }
@@ -28,6 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         return doctor(rest)
     if command == "probe":
         return probe(rest)
+    if command == "bench":
+        from vgkern.bench.cli import main as bench
+
+        return bench(rest)
     return train(rest) if command == "train" else native(command, rest)
 
 
