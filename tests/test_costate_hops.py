@@ -221,6 +221,30 @@ def test_one_backward_mixes_score_and_pathwise(relaxation):
     same(gradients(model), alone)
 
 
+@pytest.mark.parametrize("objective_name", ["grpo", "gspo"])  # row-local; of whole sequences
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_the_last_hop_in_the_pass_of_the_loss(relaxation, objective_name):
+    """`Hops.term` in the policy loss gives what a backward of both parts gives, the loss unchanged."""
+    options, model = RELAXATIONS[relaxation], ours(torch.float32)
+    ids = sampled(model, options)
+
+    def run(fused):
+        tf = costate.teacher_forced(model, ids, MASK)
+        d = objective(tf.inputs_embeds, tf.hidden, model)
+        h = tf.hops(d, 2, **options)
+        loss = vgkern.linear_policy_loss(
+            tf.hidden[:, :-1], tf.weight, tf.tokens, torch.tensor([1.0, -0.5, 2.0]), bias=tf.bias,
+            mask=tf.mask, temperature=0.8, objective=objective_name,
+            costate=h.term(0.3 / 0.7) if fused else None,
+        ).loss  # fmt: skip
+        (0.7 * loss + 0.3 * d).backward() if fused else h.backward(0.7 * loss, weight=0.3)
+        return loss.detach(), gradients(model)
+
+    (got_loss, got), (want_loss, want) = run(True), run(False)
+    assert torch.equal(got_loss, want_loss)
+    same(got, want, 1e-5)
+
+
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
 def test_the_fused_backend_agrees(relaxation):
     options = RELAXATIONS[relaxation]

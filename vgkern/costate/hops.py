@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vgkern.costate import _graph
 from vgkern.ops import _check
+from vgkern.ops.costate import Costate
 from vgkern.ops.linear_sample import linear_sample
 from vgkern.ops.linear_token_logprobs import linear_logits_ref
 from vgkern.ops.noise import Noise
@@ -54,6 +55,21 @@ class Hops:
         if local is None:  # K = 0
             return self._link.local(self._objective)
         return local + self._link.pull(self.value)
+
+    def term(self, weight: float = 1.0) -> Costate:
+        """The crossings as `costate=` of `linear_policy_loss` or `linear_token_logprobs` over the
+        rows hidden[:, :-1]: policy, entropy and costate terms in one pass over the logits.
+
+            loss = linear_policy_loss(hidden[:, :-1], ..., costate=h.term(a)).loss
+            (loss + a * D).backward()
+
+        is `h.backward(loss without it, weight=a)`, with one recompute of the logits less. A factor
+        of that loss is a factor of the term: for (1 - a) * loss the weight is a / (1 - a). Give the
+        loss the temperature, bias, soft-cap and mask that `hops` got.
+        """
+        link = self._link
+        relaxation, tau = link.options["relaxation"], link.options["tau"]
+        return Costate(self.value, _detached(link.embedding), link.noise, relaxation, tau, weight)
 
     def backward(self, score_loss: Tensor | None = None, *, weight: float = 1.0) -> None:
         """One backward of `score_loss + weight * D`, D with paths through up to K sampled tokens.
