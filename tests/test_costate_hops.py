@@ -224,7 +224,7 @@ def test_one_backward_mixes_score_and_pathwise(relaxation):
 @pytest.mark.parametrize("objective_name", ["grpo", "gspo"])  # row-local; of whole sequences
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
 def test_the_last_hop_in_the_pass_of_the_loss(relaxation, objective_name):
-    """`Hops.term` in the policy loss gives what a backward of both parts gives, the loss unchanged."""
+    """What a backward of both parts gives, and the value of the loss unchanged."""
     options, model = RELAXATIONS[relaxation], ours(torch.float32)
     ids = sampled(model, options)
 
