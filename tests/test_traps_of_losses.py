@@ -193,9 +193,9 @@ def test_trap_37_no_gradient_work_without_grad(backend, monkeypatch):
 
     class Spy(true):
         @staticmethod
-        def forward(ctx, *args):
-            asked.append(args[-1])
-            return true.forward(ctx, *args)
+        def forward(*args):
+            asked.append(args[8])  # needs
+            return true.forward(*args)
 
     monkeypatch.setattr(module, "LinearPolicyLossFunction", Spy)
     m = w.clone().requires_grad_()
