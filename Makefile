@@ -17,7 +17,8 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,parity interpreter autograd compile \
   reliability regressions truncated_logprobs gaussian_action costate_scan linear_rollout \
-  noisy_embedding linear_divergence))
+  noisy_embedding linear_divergence linear_quadratic costate_term))
+GATES := tests/test_gate_triton.py tests/test_gate_cuda.py
 
 # A stamp is named by what it stands for, so that a change of content, and only that, makes it old.
 hash = $(shell (echo '$(CURDIR)'; cat $(1)) | cksum | cut -d' ' -f1)
@@ -48,15 +49,21 @@ train: $(TRAIN_STAMP)
 	@$(native) || export VGKERN_BACKEND="$${VGKERN_BACKEND:-torch}"; \
 	exec $(PY) -m vgkern train $(ARGS)
 
-# Triton's interpreter needs a process of its own: it runs beside the others and is shown last.
+# Triton's interpreter needs a process of its own, and the gate's compilers take what the other two
+# leave of the machine. Both run beside the first and are shown last.
 test: lint
 	@$(native) || true
-	@echo '== pytest: torch, cpu, cuda emulated, compile gates; beside it Triton, interpreted'
-	@log=$$(mktemp); TRITON_INTERPRET=1 $(PY) -m pytest -p no:cacheprovider $(INTERPRETED) $(ARGS) \
-	  >"$$log" 2>&1 & other=$$!; \
-	$(PY) -m pytest $(ARGS); one=$$?; \
-	echo '== pytest: Triton, interpreted'; wait $$other; two=$$?; cat "$$log"; rm -f "$$log"; \
-	none=5; test $$one = $$none && one=0; test $$two = $$none && two=0; test $$one$$two = 00
+	@echo '== pytest: torch, cpu, cuda emulated; beside it Triton, interpreted, and the gates'
+	@logs=$$(mktemp -d); pytest='$(PY) -m pytest'; none=5; failed=0; \
+	TRITON_INTERPRET=1 $$pytest -p no:cacheprovider $(INTERPRETED) $(ARGS) >$$logs/2 2>&1 & two=$$!; \
+	nice $$pytest -p no:cacheprovider $(GATES) $(ARGS) >$$logs/3 2>&1 & three=$$!; \
+	$$pytest $(addprefix --ignore=,$(GATES)) $(ARGS); \
+	status=$$?; test $$status = 0 -o $$status = $$none || failed=1; \
+	echo '== pytest: Triton, interpreted'; \
+	wait $$two; status=$$?; test $$status = 0 -o $$status = $$none || failed=1; cat $$logs/2; \
+	echo '== pytest: every kernel compiled for four architectures'; \
+	wait $$three; status=$$?; test $$status = 0 -o $$status = $$none || failed=1; cat $$logs/3; \
+	rm -r $$logs; exit $$failed
 
 lint: $(TEST_STAMP)
 	@echo '== ruff'

@@ -40,7 +40,8 @@ def main() -> None:
         trainer.policy.hidden = lambda *where: forward(*where, shared=shared)
         trainer.optimizer.zero_grad(set_to_none=True)
         start = time.perf_counter()
-        loss, _ = trainer.loss(prompts, rollout, advantages, trainer.normalizer(rollout), True)
+        part = (prompts, rollout, advantages, trainer.normalizer(rollout))
+        loss, _ = trainer.parts.loss(*part, first_pass=True)
         loss.backward()
         seconds = time.perf_counter() - start
         grad = torch.cat([q.grad.flatten() for q in parameters if q.grad is not None])

@@ -1,6 +1,7 @@
 """Times the fused ops against bare GEMMs and plain PyTorch on this CPU, in one process.
 
-    python benchmarks/run.py [--threads 2] [--repeat 7] [--only loss|mask|sample|memory] [--json F]
+    python benchmarks/run.py [--threads 2] [--repeat 7] [--json F]
+        [--only loss|mask|sample|costate|memory]
 
 All variants of a row run interleaved, the order reversed every repetition; medians. Absolute times
 drift with the machine: compare within one row. `gemm3` is the three products that no exact op can
@@ -69,13 +70,18 @@ def bare_gemms(h: Tensor, w: Tensor, chunk: int) -> Callable[[], None]:
     return run
 
 
-def fused(x: dict[str, Tensor], mask: Tensor | None = None, frozen: bool = False) -> Callable:
+def fused(
+    x: dict[str, Tensor],
+    mask: Tensor | None = None,
+    frozen: bool = False,
+    costate: vgkern.Costate | None = None,
+) -> Callable:
     h, w = x["h"].clone().requires_grad_(), x["w"].clone().requires_grad_(not frozen)
 
     def run() -> None:
         h.grad = w.grad = None
         vgkern.linear_policy_loss(
-            h, w, x["y"], x["a"], objective="dapo", old_logp=x["old"], mask=mask
+            h, w, x["y"], x["a"], objective="dapo", old_logp=x["old"], mask=mask, costate=costate
         ).loss.backward()
 
     return run
@@ -152,10 +158,42 @@ def sample_rows(repeat: int) -> list[dict]:
     return rows
 
 
-def memory_rows() -> list[dict]:
+def costates(n: int, v: int, h: int, table: Tensor | None = None) -> dict[str, vgkern.Costate]:
+    """One at every row: the dearest there is."""
+    noise = vgkern.Noise(0, torch.arange(n), torch.zeros(n, dtype=torch.int64))
+    value, table = torch.randn(n, h), torch.randn(v, h) if table is None else table
+    return {
+        "expected": vgkern.Costate(value, table),
+        "gumbel": vgkern.Costate(value, table, noise, "gumbel"),
+    }
+
+
+def costate_rows(repeat: int) -> list[dict]:
+    """The fused loss without and with the third term; what the GEMM of u alone takes."""
+    rows = []
+    n, h, v = LOSS_SHAPES[1]
+    x = inputs(n, h, v, torch.float32)
+    apart = costates(n, v, h)
+    own = costates(n, v, h, x["w"])
+    z, value, table = torch.empty(256, v), apart["gumbel"].value, apart["gumbel"].embedding
+
+    def gemm_u() -> None:
+        for i in range(0, n, 256):
+            torch.mm(value[i : i + 256], table.t(), out=z)
+
+    variants = {"fused": fused(x), "gemm_u": gemm_u}
+    variants |= {k: fused(x, costate=c) for k, c in apart.items()}
+    variants |= {f"{k}_tied": fused(x, costate=c) for k, c in own.items()}
+    t = paired(variants, repeat)
+    rows.append({"case": "costate", "shape": (n, h, v), "dtype": "float32", **t})
+    show(rows[-1], "fused", "fused")
+    return [*rows, *memory_rows(("fused", "gumbel"))]
+
+
+def memory_rows(variants: tuple[str, ...] = ("fused", "eager")) -> list[dict]:
     """Peak extra resident memory of one call, gradients included; a fresh process each."""
     rows = []
-    for variant in ("fused", "eager"):
+    for variant in variants:
         out = subprocess.run(
             [sys.executable, __file__, "--peak", variant],
             capture_output=True, text=True, check=True, env=small_arenas(),
@@ -170,12 +208,12 @@ def small_arenas() -> dict[str, str]:
 
 
 def peak(variant: str) -> float:
-    make = fused if variant == "fused" else eager
+    make = eager if variant == "eager" else fused
     make(inputs(8, 16, 64, torch.float32))()  # libraries and thread pools are loaded now
     n, h, v = MEMORY_SHAPE
     x = {"h": torch.randn(n, h), "w": torch.randn(v, h) / h**0.5, "y": torch.randint(v, (n,))}
     x |= {"a": torch.randn(n), "old": torch.full((n,), -10.0)}
-    run = make(x)
+    run = fused(x, costate=costates(n, v, h)["gumbel"]) if variant == "gumbel" else make(x)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     run()
@@ -203,9 +241,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--repeat", type=int, default=7)
-    p.add_argument("--only", choices=["loss", "mask", "sample", "memory"])
+    p.add_argument("--only", choices=["loss", "mask", "sample", "costate", "memory"])
     p.add_argument("--json", type=Path)
-    p.add_argument("--peak", choices=["fused", "eager"], help=argparse.SUPPRESS)
+    p.add_argument("--peak", choices=["fused", "eager", "gumbel"], help=argparse.SUPPRESS)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     if a.peak:
@@ -218,6 +256,7 @@ def main() -> None:
         "loss": lambda: loss_rows(a.repeat),
         "mask": lambda: mask_rows(a.repeat),
         "sample": lambda: sample_rows(a.repeat),
+        "costate": lambda: costate_rows(a.repeat),
         "memory": memory_rows,
     }
     rows = [r for k, f in cases.items() if a.only in (None, k) for r in f()]

@@ -167,13 +167,11 @@ void block(Dtype t, bool pairs, const void* weight, int64_t ld, int64_t n, const
 
 }  // namespace
 
-#define VG_CAT2(a, b) a##b
-#define VG_CAT(a, b) VG_CAT2(a, b)
-extern const GemmKernels VG_CAT(gemm_, VG_ISA);
+extern const GemmKernels VG_OF_ISA(gemm_);
 #if VG_W == 16
-const GemmKernels VG_CAT(gemm_, VG_ISA) = {NL, false, panel_floats, pack, block};
+const GemmKernels VG_OF_ISA(gemm_) = {NL, false, panel_floats, pack, block};
 #else
-const GemmKernels VG_CAT(gemm_, VG_ISA) = {0, false, nullptr, nullptr, nullptr};
+const GemmKernels VG_OF_ISA(gemm_) = {0, false, nullptr, nullptr, nullptr};
 #endif
 
 }  // namespace vgkern

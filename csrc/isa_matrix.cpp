@@ -60,9 +60,7 @@ void plain(const float* a, int64_t ld, int64_t rows, int64_t n, const float* x, 
 
 }  // namespace
 
-#define VG_CAT2(a, b) a##b
-#define VG_CAT(a, b) VG_CAT2(a, b)
-extern const MatrixKernels VG_CAT(matrix_, VG_ISA);
-const MatrixKernels VG_CAT(matrix_, VG_ISA) = {transposed, plain};
+extern const MatrixKernels VG_OF_ISA(matrix_);
+const MatrixKernels VG_OF_ISA(matrix_) = {transposed, plain};
 
 }  // namespace vgkern

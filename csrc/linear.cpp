@@ -1,9 +1,7 @@
 // The chunk driver behind linear_token_logprobs and linear_policy_loss. GEMMs are the vendor's.
-#include "linear.h"
-
 #include <cstring>
-#include <mutex>
 
+#include "linear_space.h"
 #include "sparse.h"
 
 namespace vgkern {
@@ -21,10 +19,6 @@ int64_t chunk_rows(int64_t rows, int64_t v) {
   c = std::max<int64_t>(c / 64 * 64, 64);
   const int64_t chunks = std::max<int64_t>((8 * rows + 9 * c - 1) / (9 * c), 1);  // equal chunks
   return std::max<int64_t>((rows + chunks - 1) / chunks, 1);
-}
-
-Tensor view(float* p, int64_t n, int64_t m) {
-  return at::from_blob(p, {n, m}, at::TensorOptions().dtype(at::kFloat));
 }
 
 Tensor view16(uint16_t* p, int64_t n, int64_t m) {
@@ -75,37 +69,6 @@ std::tuple<Tensor, Tensor, Tensor> Grads::finish(const Head& head, const OptTens
           out(need[2], dbias, bias ? bias->scalar_type() : dtype)};
 }
 
-// Kept between calls: page faults of a fresh block would land inside the first GEMM. One process-
-// wide set; a second thread that comes in meanwhile works on its own.
-struct LinearRows::Space {
-  std::vector<float> block, hidden, dhidden, weight, panels;
-  std::vector<uint16_t> dz16, hidden16;
-  std::vector<RowStats> stats;
-  std::vector<RowState> states;
-  std::vector<RowGrad> coef;
-  std::vector<float> c, e;
-  std::vector<int64_t> source;
-  static Space& shared() {
-    static Space* s = new Space;  // never destroyed: threads may outlive statics
-    return *s;
-  }
-  static std::mutex& busy() {
-    static std::mutex* m = new std::mutex;
-    return *m;
-  }
-};
-
-namespace {
-template <class T>
-T* room(std::vector<T>& v, int64_t n) {
-  if (int64_t(v.size()) < n) {
-    std::vector<T>().swap(v);  // free before growing: never two blocks at once
-    v.resize(n);
-  }
-  return v.data();
-}
-}  // namespace
-
 void block_logits(const Head& head, bool pairs, int64_t v0, int64_t n, const float* panels,
                   int64_t c, float* out) {
   const GemmKernels& g = gemm();
@@ -126,17 +89,17 @@ Tensor head_tile(const Head& head, int64_t v0, int64_t n, std::vector<float>& sp
   for_rows(n, [&](int64_t i) {
     rows().widen(head.dtype, row_ptr(head.weight, v0 + i), w + i * head.h, head.h);
   });
-  return view(w, n, head.h);
+  return block_view(w, n, head.h);
 }
 
 LinearRows::LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active,
-                       const PerRow* per_row, Sparse* sparse)
+                       const PerRow* per_row, const Costates* costates, Sparse* sparse)
     : head_(head), targets_(targets), active_(std::move(active)), per_row_(per_row),
-      sparse_(sparse) {
+      costates_(costates), sparse_(sparse) {
   const int64_t r = int64_t(active_.size());
   dense_ = r == head.n;
   pairs_ = head.dtype == kBF16 && gemm().bf16;
-  chunk_ = std::max(chunk_rows(r, head.v), kMinRows);
+  chunk_ = std::max(chunk_rows(r, costates ? 2 * head.v : head.v), kMinRows);
   tile_ = tile_columns(chunk_, head.v);
   tiles_ = (head.v + tile_ - 1) / tile_;
   if (Space::busy().try_lock())
@@ -183,7 +146,7 @@ void LinearRows::widen_rows(const Chunk& k) {
   for_rows(k.count, [&](int64_t i) {
     rows().widen(head_.dtype, row_ptr(head_.hidden, k.rows[i]), h + i * head_.h, head_.h);
   });
-  hidden_ = view(h, k.count, head_.h);
+  hidden_ = block_view(h, k.count, head_.h);
 }
 
 Transform LinearRows::transform_of(int64_t row) const {
@@ -198,7 +161,7 @@ void LinearRows::logits(const Chunk& k, int64_t t, bool statistics) {
   if (gemm().lanes) {
     block_logits(head_, pairs_, v0, n, space_->panels.data(), k.count, block);
   } else {
-    Tensor out = view(block, k.count, n);
+    Tensor out = block_view(block, k.count, n);
     at::mm_out(out, hidden_, weight_tile(t).t());
   }
   for_rows(k.count, [&](int64_t i) {
@@ -258,11 +221,16 @@ void LinearRows::run(Grads* grads, const std::function<void(Chunk&, float*, floa
     gather(k);
     std::fill_n(space_->states.begin(), k.count, fresh());
     const bool online = !known && !per_row_;
-    for (int64_t t = 0; t < tiles_; ++t) logits(k, t, online);
+    if (costates_) gather_costates(k);
+    for (int64_t t = 0; t < tiles_; ++t) {
+      logits(k, t, online);
+      if (costates_) pull(t);
+    }
     for (int64_t i = 0; online && i < k.count; ++i)
       k.stats[i] = finish(space_->states[i], targets_[k.rows[i]] == head_.v);
     if (per_row_) score(k);
     use(k, c, e);
+    if (costates_) third_term(k);
     if (grads && grads->any()) backward(k, c, e, *grads);
   }
 }
@@ -307,7 +275,8 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   // ever read, so rows can move while the gradient is written in place.
   int64_t* source = room(space_->source, chunk_);
   int64_t live = k.count;
-  auto dead = [&](int64_t i) { return (c[i] == 0.f && e[i] == 0.f) || blocked(k.stats[i]); };
+  auto scored = [&](int64_t i) { return (c[i] != 0.f || e[i] != 0.f) && !blocked(k.stats[i]); };
+  auto dead = [&](int64_t i) { return !scored(i) && !(costates_ && space_->slot[i] >= 0); };
   for (int64_t d = 0; d < live; ++d) {
     source[d] = d;
     if (!dead(d)) continue;
@@ -329,12 +298,12 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
       for_rows(live, [&](int64_t d) {
         std::memcpy(own + d * h, row_ptr(hidden_, source[d]), sizeof(float) * h);
       });
-      hidden_ = view(own, live, h);
+      hidden_ = block_view(own, live, h);
     } else {
       float* own = space_->hidden.data();
       for (int64_t d = 0; d < live; ++d)
         if (source[d] != d) std::memcpy(own + d * h, own + source[d] * h, sizeof(float) * h);
-      hidden_ = view(own, live, h);
+      hidden_ = block_view(own, live, h);
     }
   }
   RowGrad* coef = room(space_->coef, chunk_);
@@ -347,7 +316,7 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   Tensor dh;
   if (g.need[0])
     dh = direct ? g.dhidden.narrow(0, k.rows[0], live)
-                : view(room(space_->dhidden, chunk_ * h), height, h);
+                : block_view(room(space_->dhidden, chunk_ * h), height, h);
   auto tile = [&](int64_t t) { return space_->block.data() + t * chunk_ * tile_; };
   auto differentiate = [&](int64_t t, uint16_t* half) {  // z becomes dz
     const int64_t v0 = t * tile_, n = std::min(tile_, head_.v - v0);
@@ -357,11 +326,16 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
       const float* z = block + source[d] * n;
       const RowStats& r = k.stats[source[d]];
       const int64_t y = targets_[k.rows[source[d]]] - v0;
-      const bool here = y >= 0 && y < n;
+      const bool own = scored(source[d]), here = own && y >= 0 && y < n;
       const float zy = here ? z[y] : 0.f;
-      rows().grad(z, block + d * n, n, r.lse, coef[d].a, coef[d].b, tr);
-      if (here) block[d * n + y] = target_grad(coef[d], zy, tr);
-      if (half) rows().narrow(kBF16, block + d * n, half + d * n, n);
+      float* dz = block + d * n;
+      if (own)
+        rows().grad(z, dz, n, r.lse, coef[d].a, coef[d].b, tr);
+      else
+        std::fill_n(dz, n, 0.f);
+      if (here) dz[y] = target_grad(coef[d], zy, tr);
+      if (const float* third = pulled_row(source[d], t, n)) rows().add(dz, third, n);
+      if (half) rows().narrow(kBF16, dz, half + d * n, n);
     });
   };
   auto multiply = [&](int64_t t) {
@@ -373,9 +347,9 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
       backward16(view16(dz16, height, n), v0, t == 0, dh, g);
       return;
     }
-    Tensor dz = view(block, live, n);
+    Tensor dz = block_view(block, live, n);
     if (g.need[0]) {
-      Tensor w = weight_tile(t), padded = view(block, height, n);
+      Tensor w = weight_tile(t), padded = block_view(block, height, n);
       if (t == 0)
         at::mm_out(dh, padded, w);
       else
@@ -395,7 +369,7 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   };
   bool done = false;
   if (sparse_ && (g.need[0] || g.need[1])) {
-    float* lean = room(space_->e, chunk_);  // e is in coef
+    float* lean = room(space_->lean, chunk_);
     for (int64_t d = 0; d < live; ++d) lean[d] = coef[d].a - 12 * coef[d].b < 0.f ? -1.f : 1.f;
     for (int64_t t = 0; t < tiles_; ++t) differentiate(t, nullptr), bias(t);
     if (g.need[1] && g.first) g.dweight.zero_();

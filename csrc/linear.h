@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "common.h"
+#include "costate.h"
 #include "gemm.h"
 #include "truncate.h"
 
@@ -49,12 +50,36 @@ struct PerRow {
   }
 };
 
-struct Sparse;
+// Costates at the next inputs of the caller's rows: the third term of their gradients.
+class Costates {
+ public:
+  Costates(const Head& head, const Tensor& value, const Tensor& embedding, int64_t seed,
+           const OptTensor& sequence, const OptTensor& position, double tau,
+           const OptTensor& scale);
+  // as the operators receive them; none without a value
+  static std::optional<Costates> given(const Head& head, const OptTensor& value,
+                                       const OptTensor& embedding, int64_t seed,
+                                       const OptTensor& sequence, const OptTensor& position,
+                                       double tau, const OptTensor& scale);
+  bool live(int64_t row) const { return live_[row]; }  // not exactly 0
+  bool expected() const { return !sequence_; }
+  RaceKey key(int64_t row) const;
+  const Head table;  // value [N, He] times embedding [V, He]: u as a head's logits
+  const float inv_tau, scale;
+
+ private:
+  uint64_t seed_;
+  const int64_t *sequence_ = nullptr, *position_ = nullptr;  // null: relaxation "expected"
+  std::vector<char> live_;
+};
+
+class Sparse;
 
 class LinearRows {
  public:
   LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active,
-             const PerRow* per_row = nullptr, Sparse* sparse = nullptr);
+             const PerRow* per_row = nullptr, const Costates* costates = nullptr,
+             Sparse* sparse = nullptr);
   ~LinearRows();
   // For every chunk: logits, statistics, then `use(chunk)`, which fills c and e (dl/dlogp,
   // dl/dentropy of each block row) when gradients are wanted. `known`: `use` fills the statistics
@@ -68,6 +93,10 @@ class LinearRows {
   void logits(const Chunk&, int64_t t, bool statistics);
   void score(const Chunk&);
   void backward(const Chunk&, const float* c, const float* e, Grads&);
+  void gather_costates(const Chunk&);
+  void pull(int64_t t);
+  void third_term(const Chunk&);
+  const float* pulled_row(int64_t i, int64_t t, int64_t n) const;
   Tensor weight_tile(int64_t t);
   void gather(const Chunk&);
   void widen_rows(const Chunk&);
@@ -77,6 +106,7 @@ class LinearRows {
   const int64_t* targets_;
   std::vector<int64_t> active_;
   const PerRow* per_row_;
+  const Costates* costates_;
   Sparse* sparse_;  // null: dense products
   bool dense_;      // the active rows are all rows, in order
   bool pairs_;      // bf16 stays bf16: this CPU multiplies its pairs faster than floats

@@ -56,7 +56,11 @@ static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_bwd(
     const Tensor& dlogp,     // [N]
     const Tensor& dentropy,  // [N]
     double temperature, double softcap, int64_t ignore_index, c10::List<bool> needs,
-    bool fp32_dhidden) {
+    bool fp32_dhidden, int64_t seed, double tau,
+    const OptTensor& costate,                              // [N, He]
+    const OptTensor& embedding,                            // [V, He]
+    const OptTensor& sequence, const OptTensor& position,  // [N]; none: relaxation "expected"
+    const OptTensor& costate_scale) {
   Head head(hidden, weight, bias, temperature, softcap);
   Tensor tgt = targets.contiguous();
   const int64_t* y = i64_rows(tgt, head.n, "targets");
@@ -65,10 +69,14 @@ static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_bwd(
   const float *dl = f32_rows(dlogp, head.n, "dlogp"), *de = f32_rows(dentropy, head.n, "dentropy");
   bool flags[3] = {needs[0], needs[1], needs[2]};
   Grads grads(head, flags);
+  const auto costates =
+      Costates::given(head, costate, embedding, seed, sequence, position, tau, costate_scale);
   auto wanted = [&](int64_t i) {
-    return (dl[i] != 0.f || de[i] != 0.f) && !blocked({lp[i], en[i], ls[i]});
+    const bool scored = (dl[i] != 0.f || de[i] != 0.f) && !blocked({lp[i], en[i], ls[i]});
+    return scored || (costates && costates->live(i));
   };
-  LinearRows run(head, y, rows_with_id(y, head.n, head.v, ignore_index, {}, wanted));
+  LinearRows run(head, y, rows_with_id(y, head.n, head.v, ignore_index, {}, wanted), nullptr,
+                 costates ? &*costates : nullptr);
   auto use = [&](Chunk& k, float* c, float* e) {
     for (int64_t i = 0; i < k.count; ++i) {
       const int64_t r = k.rows[i];

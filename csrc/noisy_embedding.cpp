@@ -1,6 +1,4 @@
-#include <numeric>
-
-#include "block.h"
+#include "linear.h"
 
 namespace vgkern {
 
@@ -33,21 +31,6 @@ Tensor embedding_grad(const Tensor& embedding, const int64_t* token, const Tenso
   return out;
 }
 
-std::vector<int64_t> live_rows(const Tensor& dx) {
-  const int64_t n = dx.size(0), h = dx.size(1);
-  std::vector<char> live(n);
-  for_rows(n, [&](int64_t i) {
-    thread_local std::vector<float> row;
-    row.resize(h);
-    rows().widen(dtype_of(dx), row_ptr(dx, i), row.data(), h);
-    live[i] = std::any_of(row.begin(), row.end(), [](float x) { return x != 0.f; });
-  });
-  std::vector<int64_t> out;
-  for (int64_t i = 0; i < n; ++i)
-    if (live[i]) out.push_back(i);
-  return out;
-}
-
 }  // namespace
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor> noisy_embedding_bwd(
@@ -61,41 +44,22 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> noisy_embedding_bwd(
     const Tensor& sequence,   // [N]
     const Tensor& position,   // [N]
     double tau, double temperature, double softcap, bool expected, c10::List<bool> needs) {
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Head head(hidden, weight, bias, temperature, softcap);
-  Head table(dx, embedding, std::nullopt, 1.0, 0.0);  // u = E dx as a head's logits
-  TORCH_CHECK(table.n == head.n && table.v == head.v, "vgkern: rows or vocabularies differ");
-  const int64_t *seq = i64_rows(sequence, head.n, "sequence"),
-                *pos = i64_rows(position, head.n, "position"),
-                *token = i64_rows(tokens, head.n, "tokens");
+  const OptTensor none;
+  const Costates costates(head, dx, embedding, seed, expected ? none : sequence,
+                          expected ? none : position, tau, none);
+  const int64_t* token = i64_rows(tokens, head.n, "tokens");
+  std::vector<int64_t> live;
+  for (int64_t i = 0; i < head.n; ++i)
+    if (costates.live(i)) live.push_back(i);
   bool flags[3] = {needs[0], needs[1], needs[2]};
   Grads grads(head, flags);
-  if (grads.need[0]) grads.dhidden.zero_();
-  const std::vector<int64_t> live = live_rows(dx);
-  const int64_t total = int64_t(live.size()), v = head.v, chunk = block_rows(total, v, 2);
-  if (grads.any() && total) {
-    auto f32 = at::TensorOptions().dtype(at::kFloat);
-    Tensor z = at::empty({chunk, v}, f32), u = at::empty({chunk, v}, f32);
-    HeadBlock logits(head, chunk), pulled(table, chunk);
-    const float inv_tau = float(1.0 / tau), scale = inv_tau * head.transform.inv_temperature;
-    for (int64_t at = 0; at < total; at += chunk) {
-      const int64_t n = std::min(chunk, total - at), *r = live.data() + at;
-      logits.logits(r, n, z.data_ptr<float>());
-      pulled.logits(r, n, u.data_ptr<float>());
-      for_rows(n, [&](int64_t i) {
-        thread_local std::vector<float> space;
-        space.resize(v);
-        float* row = z.data_ptr<float>() + i * v;
-        if (!head.transform.plain()) rows().transform(row, v, 0, head.transform);
-        const uint64_t s = uint64_t(seq[r[i]]);
-        const RaceKey key{uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32),
-                          uint32_t(pos[r[i]]),      uint32_t(s),
-                          uint32_t(s >> 32),        false};
-        rows().costate(row, u.data_ptr<float>() + i * v, v, expected ? nullptr : &key, inv_tau,
-                       scale, head.transform, space.data());
-      });
-      logits.backward(z.data_ptr<float>(), grads);
-    }
+  if (grads.any()) {
+    LinearRows run(head, token, live, nullptr, &costates);
+    run.run(&grads, [](Chunk& k, float* c, float* e) {
+      std::fill_n(c, k.count, 0.f);
+      std::fill_n(e, k.count, 0.f);
+    });
   }
   auto [dh, dw, db] = grads.finish(head, bias, true);
   return {

@@ -97,14 +97,15 @@ __global__ void __launch_bounds__(kMaxThreads) row_grad_kernel(RowGradArgs a) {
     const float logp = a.logp ? a.logp[i] : 0.f, entropy = a.entropy ? a.entropy[i] : 0.f;
     if (y == a.ignore_index || y < 0 || y > vocab || logp == -kInf) c = e = 0.f;
     const bool policy = c != 0.f || e != 0.f;
-    if (!policy && !a.u) {
+    const bool carried = a.u && !(a.noise.sequence && a.noise.sequence[i] < 0);
+    if (!policy && !carried) {
       for (int64_t v = int64_t(threadIdx.x) * C; v < vocab; v += step) {
         const float zero[C] = {};
         store_columns(out, v, vocab, zero);
       }
       continue;
     }
-    const float* u = a.u ? a.u + i * a.u_stride : nullptr;
+    const float* u = carried ? a.u + i * a.u_stride : nullptr;
     Weighted q;
     NoiseRow noise{};
     if (u) {

@@ -59,10 +59,6 @@ struct RowKernels {
                const Transform&);
   void (*race)(const float* z, int64_t n, int64_t v0, const RaceKey&, RaceState&);
   void (*add)(float* acc, const float* x, int64_t n);
-  // z = scale q (u - <q, u>) times the soft-cap's slope, q = softmax((z + gumbel) inv_tau); no
-  // noise where `key` is null. A whole row; `space` holds n floats.
-  void (*costate)(float* z, const float* u, int64_t n, const RaceKey* key, float inv_tau,
-                  float scale, const Transform&, float* space);
   // the divergence, and for the JSD also KL(p || m), of a whole row
   void (*divergence)(const float* z, const float* t, int64_t n, const TwoRows&, float* value,
                      float* inner);

@@ -14,7 +14,8 @@
 
 namespace vgkern {
 
-struct Sparse {
+class Sparse {
+ public:
   Sparse(const Head& head, double tolerance, bool pairs);
   // One chunk of dz: tile t at block + t * stride holds `live` rows of its columns. `lean[i]`: the
   // sign of row i's tail. Writes dh [height, H] and adds to dweight; false (and nothing done) where

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -17,10 +18,16 @@
 #define VG_W 4
 #endif
 
+// name_<instruction set>: what a file that is compiled once for each of them defines
+#define VG_CAT2(a, b) a##b
+#define VG_CAT(a, b) VG_CAT2(a, b)
+#define VG_OF_ISA(name) VG_CAT(name, VG_ISA)
+
 namespace vgkern {
 namespace {
 
 constexpr int W = VG_W;
+constexpr float kInf = std::numeric_limits<float>::infinity();
 typedef float vf __attribute__((vector_size(4 * VG_W)));
 typedef int32_t vi __attribute__((vector_size(4 * VG_W)));
 typedef uint32_t vu __attribute__((vector_size(4 * VG_W)));
@@ -62,6 +69,16 @@ inline float hsum(vf v) {
   for (int k = W / 2; k; k /= 2)
     for (int i = 0; i < k; ++i) t[i] += t[i + k];
   return t[0];
+}
+inline float row_max(const float* z, int64_t n) {
+  vf a = vset(-kInf), b = a;
+  int64_t j = 0;
+  for (; j + 2 * W <= n; j += 2 * W) {
+    a = vmax(a, load(z + j));
+    b = vmax(b, load(z + j + W));
+  }
+  for (; j < n; j += W) a = vmax(a, j + W <= n ? load(z + j) : load_part(z + j, n - j, -kInf));
+  return hmax(vmax(a, b));
 }
 inline bool any(vi m) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)

@@ -8,6 +8,7 @@ product and sum in fp32. Every row costs its GEMMs: to compact the live ones wou
 import torch
 
 LOGITS_BYTES = 256 << 20  # of a [chunk, V] fp32 block
+NO_COSTATE = -1  # the sequence of a row without one
 FP16_SCALE = 256.0  # the largest coefficient of a chunk, where dz would leave fp16's range
 
 
@@ -30,6 +31,31 @@ def chunks(count, vocab):
     return [slice(at, min(at + step, count)) for at in range(0, count, step)]
 
 
+class Costates:
+    """Costates at the next inputs of the rows: the third term of their gradients."""
+
+    def __init__(self, seed, tau, value, embedding, sequence, position, scale):
+        self.live = (value != 0).any(-1)
+        self.embedding, self.position, self.scale = embedding, position, scale
+        self.fp16 = embedding.dtype == torch.float16  # may overflow where the product does not
+        self.value = value if self.fp16 else (value * scale).to(value.dtype)
+        # what row_grad skips; "expected" has no sequences but the mark
+        sequence = torch.zeros_like(self.live, dtype=torch.int64) if sequence is None else sequence
+        self.sequence = sequence.masked_fill(~self.live, NO_COSTATE)
+        self.noise, self.expected = (seed, tau), position is None
+
+    def pulled(self, part, bounded):
+        """(u [chunk, V], the noise as row_grad takes it, with `bounded` the largest of u / tau)."""
+        seed, tau = self.noise
+        u = mm32(self.value[part], self.embedding.t())
+        if self.fp16:
+            u *= self.scale
+        position = self.sequence if self.expected else self.position
+        rows = (self.sequence[part], position[part])
+        largest = u.abs().amax() / tau if bounded and u.numel() else None
+        return u, (seed, *rows, tau, self.expected), largest
+
+
 class Grads:
     """dhidden, dweight and dbias of a head, summed in fp32 over chunks of rows."""
 
@@ -40,13 +66,19 @@ class Grads:
         if needs[0]:
             self.dhidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
 
-    def add(self, part, logits, targets, logp, entropy, lse, c, e):
+    def add(self, part, logits, targets, logp, entropy, lse, c, e, costates=None):
         """The rows `part`, from their logits (overwritten) and statistics, each [chunk]."""
-        live = (c != 0) | (e != 0)
-        c, e, scale = self.scaled(c, e)
+        live = None if c is None else (c != 0) | (e != 0)
+        u, noise, largest = None, (0, None, None, 1.0, False), None
+        if costates is not None:
+            live = costates.live[part] if live is None else live | costates.live[part]
+            u, noise, largest = costates.pulled(part, self.hidden.dtype == torch.float16)
+        c, e, scale = self.scaled(c, e, 1.0, largest)
+        if u is not None and scale is not None:
+            u *= scale
         dz = self.rows.row_grad(
-            logits, self.bias, targets, logp, entropy, lse, c, e, None, 0, None, None, 1.0, False,
-            *self.scalars, self.place(logits)
+            logits, self.bias, targets, logp, entropy, lse, c, e, u, *noise, *self.scalars,
+            self.place(logits)
         )  # fmt: skip
         self.products(part, dz, live, scale)
 
@@ -55,13 +87,16 @@ class Grads:
         dtype = self.hidden.dtype
         return logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
 
-    def scaled(self, c, e, times=1.0):
-        """(c, e, scale): fp16 coefficients `times` what else multiplies them, within its range."""
+    def scaled(self, c, e, times=1.0, also=None):
+        """(c, e, scale): fp16 coefficients `times` what else multiplies them, within its range,
+        as is `also`, the largest of another term."""
         if self.hidden.dtype != torch.float16:
             return c, e, None
-        largest = (torch.maximum(c.abs(), e.abs()) * times).amax().clamp(min=1e-30)
+        found = [] if c is None else [(torch.maximum(c.abs(), e.abs()) * times).amax()]
+        found += [] if also is None else [also]
+        largest = torch.stack(found).amax().clamp(min=1e-30)
         scale = torch.exp2(torch.floor(torch.log2(FP16_SCALE / largest)))  # so nothing is rounded
-        return c * scale, e * scale, scale
+        return *(x if x is None else x * scale for x in (c, e)), scale
 
     def products(self, part, dz, live, scale=None):
         """dh = dz W, dW += dz^T h, db += sum dz; `live` rows only: the others may hold NaN."""

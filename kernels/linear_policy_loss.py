@@ -24,6 +24,13 @@ def linear_policy_loss_fwd(
     softcap,
     objective,
     needs,
+    seed=0,
+    tau=1.0,
+    costate=None,  # [N, He]: adds the third term of the row gradient
+    embedding=None,  # [V, He]
+    sequence=None,  # [N] int64, as is position; None: relaxation "expected"
+    position=None,
+    costate_scale=None,  # [] fp32
     rows=row_kernels,
 ):
     policy = policy_kernels if rows is row_kernels else rows
@@ -35,8 +42,12 @@ def linear_policy_loss_fwd(
         live = live & (advantages != 0)
     targets = targets.masked_fill(~live, IGNORED)
     given = (advantages, row_weight, old_logp, ref_logp, sampler_logp)
-    partials = []
-    for part in linear.chunks(hidden.shape[0], weight.shape[0]) or [slice(0, 0)]:
+    partials, costates = [], None
+    if costate is not None and any(needs):
+        third = (seed, tau, costate, embedding, sequence, position, costate_scale)
+        costates = linear.Costates(*third)
+    blocks = 1 if costates is None else 2
+    for part in linear.chunks(hidden.shape[0], blocks * weight.shape[0]) or [slice(0, 0)]:
         logits = linear.mm32(hidden[part], weight.t())
         stats = rows.row_stats(logits, bias, targets[part], temperature, softcap, IGNORED)
         logp[part] = stats[0]
@@ -44,6 +55,6 @@ def linear_policy_loss_fwd(
         c, e, partial = policy.policy_terms(*tokens, stats[1][:, None], objective)
         partials.append(partial)
         if any(needs) and logits.shape[0]:
-            grads.add(part, logits, targets[part], *stats, c[:, 0], e[:, 0])
+            grads.add(part, logits, targets[part], *stats, c[:, 0], e[:, 0], costates)
     loss, counts = policy.totals(partials)
     return loss, logp, counts, *grads.finish(as_input=False)

@@ -70,16 +70,26 @@ def linear_logprobs_bwd(
     ignore_index,
     needs,
     fp32_dhidden=False,
+    seed=0,
+    tau=1.0,
+    costate=None,  # [N, He]: adds the third term of the row gradient
+    embedding=None,  # [V, He]
+    sequence=None,  # [N] int64, as is position; None: relaxation "expected"
+    position=None,
+    costate_scale=None,  # [] fp32
     rows=row_kernels,
 ):
     grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, ignore_index, rows)
     if any(needs):
         alive = (targets != ignore_index) & (logp != -torch.inf)
         c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
-        for part in linear.chunks(hidden.shape[0], weight.shape[0]):
+        third = (seed, tau, costate, embedding, sequence, position, costate_scale)
+        costates = None if costate is None else linear.Costates(*third)
+        blocks = 1 if costate is None else 2
+        for part in linear.chunks(hidden.shape[0], blocks * weight.shape[0]):
             logits = linear.mm32(hidden[part], weight.t())
             stats = (x[part] for x in (targets, logp, entropy, lse, c, e))
-            grads.add(part, logits, *stats)
+            grads.add(part, logits, *stats, costates)
     return grads.finish(as_input=True, fp32_dhidden=fp32_dhidden)
 
 

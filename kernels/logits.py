@@ -63,6 +63,43 @@ def added(z, top, total, dot):
 
 
 @triton.jit
+def no_columns(BLOCK: tl.constexpr):
+    """(top, total, dot, target): the running statistics of a row of which nothing is read yet."""
+    zero = tl.zeros([BLOCK], tl.float32)
+    return tl.full([], -INF, tl.float32), zero, zero, zero
+
+
+@triton.jit
+def with_columns(stats, z, cols, y):
+    """They with a block of columns in them; the target y is kept apart."""
+    top, total, dot, target = stats
+    target = tl.where(cols == y, z, target)
+    z = tl.where(cols == y, -INF, z)
+    peak = tl.maximum(top, tl.max(z, 0))
+    total, dot = raised(top, peak, total, dot)
+    total, dot = added(z, peak, total, dot)
+    return peak, total, dot, target
+
+
+@triton.jit
+def store_stats(logp, entropy, lse, i, stats, here):
+    """What they end as, to row i of three vectors."""
+    top, total, dot, target = stats
+    target, total, dot = tl.sum(target, 0), tl.sum(total, 0), tl.sum(dot, 0)
+    lp, ent, log_z = finish(target, top, total, dot, here)
+    tl.store(logp + i, lp)
+    tl.store(entropy + i, ent)
+    tl.store(lse + i, log_z)
+
+
+@triton.jit
+def store_same(logp, entropy, lse, i, value):
+    tl.store(logp + i, value)
+    tl.store(entropy + i, value)
+    tl.store(lse + i, value)
+
+
+@triton.jit
 def finish(target, top, total, dot, here):
     """(logp, entropy, lse) of a row from its target and the sums over the *other* columns, so that
     a gap of 30 nats keeps the 1e-13 of the others. `here` false: no target among the columns."""

@@ -33,23 +33,12 @@ def noisy_embedding_bwd(
     live = (dx != 0).any(-1)
     grads = linear.Grads(hidden, weight, bias, needs[:3], temperature, softcap, -100, rows)
     if any(needs[:3]):
+        one = torch.ones((), device=hidden.device)
+        noise = (None, None) if expected else (sequence, position)
+        costates = linear.Costates(seed, tau, dx, embedding, *noise, one)
         for part in linear.chunks(hidden.shape[0], 2 * weight.shape[0]):
-            # a row without a costate may hold NaN, and its dz has to be 0
-            h = hidden[part].masked_fill(~live[part][:, None], 0)
-            logits = linear.mm32(h, weight.t())
-            u = linear.mm32(dx[part], embedding.t())
-            scale = None
-            if hidden.dtype == torch.float16:  # a power of two: nothing is rounded by it
-                largest = (u.abs().amax() / tau).clamp(min=1e-30)
-                scale = torch.exp2(torch.floor(torch.log2(linear.FP16_SCALE / largest)))
-                u *= scale
-            fp32 = hidden.dtype == torch.float32
-            out = logits if fp32 else torch.empty_like(logits, dtype=hidden.dtype)
-            dz = rows.row_grad(
-                logits, bias, None, None, None, None, None, None, u, seed, sequence[part],
-                position[part], tau, expected, temperature, softcap, -100, out
-            )  # fmt: skip
-            grads.products(part, dz, live[part], scale)
+            logits = linear.mm32(hidden[part], weight.t())
+            grads.add(part, logits, None, None, None, None, None, None, costates)
     table = embedding.new_empty(0)
     if needs[3]:
         table = getattr(rows, "table_grad", _table_grad)(embedding, tokens, dx, live)

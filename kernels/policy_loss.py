@@ -92,6 +92,27 @@ def _load(logp, advantages, row_weight, old, i, inside):
 
 
 @triton.jit
+def _live(w, a, ALWAYS: tl.constexpr):
+    """The tokens that have a term: without KL and entropy, those with an advantage."""
+    live = w != 0
+    if not ALWAYS:
+        live = live & (a != 0)
+    return live
+
+
+@triton.jit
+def _entropy(value, entropy, i, live, w, k, BLOCK: tl.constexpr):
+    """(the value with the entropy term, entropy, its slope) of the tokens at `i`."""
+    ent = tl.zeros([BLOCK], tl.float32)
+    slope = tl.zeros([BLOCK], tl.float32)
+    if entropy is not None:
+        ent = tl.load(entropy + i, mask=live, other=0.0)
+        value -= k.entropy_coef * ent
+        slope = -w * k.entropy_coef
+    return value, ent, slope
+
+
+@triton.jit
 def _count(acc, live, m, value, w, t, lp, sampler, ent):
     """The running sums and extremes with these tokens in them."""
     d, r, kl, low, high, dual = t
@@ -141,19 +162,12 @@ def _token_kernel(
     w, lp, a, before = _load(logp, advantages, row_weight, old, i, i < N)
     rf = None if ref is None else tl.load(ref + i, mask=w != 0, other=0.0)
     sm = None if sampler is None else tl.load(sampler + i, mask=w != 0, other=0.0)
-    live = w != 0
-    if not ALWAYS:
-        live = live & (a != 0)
+    live = _live(w, a, ALWAYS)
     value, slope, _, d, r, kl, low, high, dual = token_loss(
         lp, before, a, rf, sm, 0.0, 0.0, k,
         RATIO, SURROGATE, DUAL, DELTA, BETA, KL, KL_RATIO, KL_STRAIGHT, FIX
     )  # fmt: skip
-    ent = tl.zeros([BLOCK], tl.float32)
-    de = tl.zeros([BLOCK], tl.float32)
-    if entropy is not None:
-        ent = tl.load(entropy + i, mask=live, other=0.0)
-        value -= k.entropy_coef * ent
-        de = -w * k.entropy_coef
+    value, ent, de = _entropy(value, entropy, i, live, w, k, BLOCK)
     acc = _count(_fresh(BLOCK), live, w != 0, value, w, (d, r, kl, low, high, dual), lp, sm, ent)
     tl.store(dlogp + i, tl.where(live, w * slope, 0.0), mask=i < N)
     tl.store(dentropy + i, tl.where(live, de, 0.0), mask=i < N)
@@ -194,9 +208,7 @@ def _sequence_kernel(
             w, lp, a, before = _load(logp, advantages, row_weight, old, i, t < T)
             rf = None if ref is None else tl.load(ref + i, mask=w != 0, other=0.0)
             sm = None if sampler is None else tl.load(sampler + i, mask=w != 0, other=0.0)
-            live = w != 0
-            if not ALWAYS:
-                live = live & (a != 0)
+            live = _live(w, a, ALWAYS)
             _, _, along, _, _, _, _, _, _ = token_loss(
                 lp, before, a, rf, sm, sequence_d, mismatch, k,
                 RATIO, SURROGATE, DUAL, DELTA, BETA, KL, KL_RATIO, KL_STRAIGHT, FIX
@@ -211,19 +223,12 @@ def _sequence_kernel(
         rf = None if ref is None else tl.load(ref + i, mask=w != 0, other=0.0)
         sm = None if sampler is None else tl.load(sampler + i, mask=w != 0, other=0.0)
         m = w != 0
-        live = m
-        if not ALWAYS:
-            live = live & (a != 0)
+        live = _live(w, a, ALWAYS)
         value, slope, _, d, r, kl, low, high, dual = token_loss(
             lp, before, a, rf, sm, sequence_d, mismatch, k,
             RATIO, SURROGATE, DUAL, DELTA, BETA, KL, KL_RATIO, KL_STRAIGHT, FIX
         )  # fmt: skip
-        ent = tl.zeros([BLOCK], tl.float32)
-        de = tl.zeros([BLOCK], tl.float32)
-        if entropy is not None:
-            ent = tl.load(entropy + i, mask=live, other=0.0)
-            value -= k.entropy_coef * ent
-            de = -w * k.entropy_coef
+        value, ent, de = _entropy(value, entropy, i, live, w, k, BLOCK)
         dl = tl.where(live, w * slope, 0.0)
         if through:
             share = ratio_share(lp, log_ratio(lp, before), a, inverse_length, k, RATIO)

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .logits import INF, added, finish, flat, launch, load_z, raised
+from .logits import (
+    INF,
+    flat,
+    launch,
+    load_z,
+    no_columns,
+    store_same,
+    store_stats,
+    with_columns,
+)
 
 WAYS = tl.constexpr(8)  # cuts that one pass over a row tries
 
@@ -170,31 +179,17 @@ def _row_kept_stats_kernel(
     if (y >= 0) & (y < V) & (y != ignore_index):
         t, least, tied = tl.load(temperature + i), tl.load(cut + i), tl.load(ties + i)
         scale = 1 / tl.where(t == 0, 1.0, t)
-        top = tl.full([], -INF, tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        dot = tl.zeros([BLOCK], tl.float32)
-        zy = tl.zeros([BLOCK], tl.float32)
+        stats = no_columns(BLOCK)
         seen = tl.full([], 0, tl.int32)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z, _ = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
             z, seen = keep(z, cols, V, least, tied, seen)
-            zy = tl.where(cols == y, z, zy)
-            z = tl.where(cols == y, -INF, z)
-            peak = tl.maximum(top, tl.max(z, 0))
-            total, dot = raised(top, peak, total, dot)
-            total, dot = added(z, peak, total, dot)
-            top = peak
-        target, total, dot = tl.sum(zy, 0), tl.sum(total, 0), tl.sum(dot, 0)
-        logp, entropy, lse = finish(target, top, total, dot, y < V)
-        tl.store(logp_out + i, logp)
-        tl.store(entropy_out + i, entropy)
-        tl.store(lse_out + i, lse)
+            stats = with_columns(stats, z, cols, y)
+        store_stats(logp_out, entropy_out, lse_out, i, stats, y < V)
     else:
         value = tl.where(ignored, 0.0, float("nan"))
-        tl.store(logp_out + i, value)
-        tl.store(entropy_out + i, value)
-        tl.store(lse_out + i, value)
+        store_same(logp_out, entropy_out, lse_out, i, value)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])

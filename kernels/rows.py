@@ -10,7 +10,16 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from . import noise
-from .logits import INF, added, finish, flat, launch, load_z, raised
+from .logits import (
+    INF,
+    flat,
+    launch,
+    load_z,
+    no_columns,
+    store_same,
+    store_stats,
+    with_columns,
+)
 from .row_sample import row_sample
 from .row_truncated import row_truncated, row_truncated_grad
 
@@ -47,7 +56,7 @@ def row_grad(
     e,  # [R] fp32: dL/dentropy, or None
     u,  # [R, V] E lambda, or None
     seed,
-    sequence,  # [R] int64, with u unless expected
+    sequence,  # [R] int64, with u; negative: the row has no costate. Only that if expected
     position,
     tau,
     expected,
@@ -100,29 +109,15 @@ def _row_stats_kernel(
     ignored = y == ignore_index
     known = (y >= 0) & (y <= V)
     if known & (y != ignore_index):
-        top = tl.full([], -INF, tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        dot = tl.zeros([BLOCK], tl.float32)
-        zy = tl.zeros([BLOCK], tl.float32)
+        stats = no_columns(BLOCK)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z, _ = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
-            zy = tl.where(cols == y, z, zy)
-            z = tl.where(cols == y, -INF, z)
-            peak = tl.maximum(top, tl.max(z, 0))
-            total, dot = raised(top, peak, total, dot)
-            total, dot = added(z, peak, total, dot)
-            top = peak
-        target, total, dot = tl.sum(zy, 0), tl.sum(total, 0), tl.sum(dot, 0)
-        logp, entropy, lse = finish(target, top, total, dot, y < V)
-        tl.store(logp_out + i, logp)
-        tl.store(entropy_out + i, entropy)
-        tl.store(lse_out + i, lse)
+            stats = with_columns(stats, z, cols, y)
+        store_stats(logp_out, entropy_out, lse_out, i, stats, y < V)
     else:
         value = tl.where(ignored, 0.0, float("nan"))
-        tl.store(logp_out + i, value)
-        tl.store(entropy_out + i, value)
-        tl.store(lse_out + i, value)
+        store_same(logp_out, entropy_out, lse_out, i, value)
 
 
 @triton.jit(do_not_specialize=["seed", "ignore_index"])
@@ -156,7 +151,15 @@ def _row_grad_kernel(
     row, out_row = logits + i * stride, out + i * out_stride
     ci, ei, y = 0.0, 0.0, tl.full([], -1, tl.int64)
     at_y, log_z, shift = 0.0, 0.0, 0.0
-    active = tl.full([], u is not None, tl.int1)
+    carried = tl.full([], u is not None, tl.int1)
+    seq, pos = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    if u is not None:
+        if sequence is not None:
+            seq = tl.load(sequence + i)
+            carried = seq >= 0
+        if not EXPECTED:
+            pos = tl.load(position + i)
+    active = carried
     if c is not None or e is not None:
         if c is not None:
             ci = tl.load(c + i)
@@ -170,32 +173,32 @@ def _row_grad_kernel(
         shift = ei * ent
         active = active | (ci != 0) | (ei != 0)
     if active:
+        anchor, weight = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
+        inner = tl.full([], 0.0, tl.float32)
         if u is not None:
             u_row = u + i * u_stride
-            seq, pos = 0, 0
-            if not EXPECTED:
-                seq, pos = tl.load(sequence + i), tl.load(position + i)
-            top = tl.full([], -INF, tl.float32)
-            total = tl.zeros([BLOCK], tl.float32)
-            mean = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, V, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                z, _ = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
-                z = perturbed(z, seed, seq, pos, start, inverse_tau, EXPECTED, BLOCK)
-                peak = tl.maximum(top, tl.max(z, 0))
-                anchor = tl.where(peak == -INF, 0.0, peak)
-                k = tl.exp(tl.where(top == -INF, -INF, top - anchor))
-                q = tl.exp(z - anchor)
-                ub = tl.load(u_row + cols, mask=cols < V, other=0.0).to(tl.float32)
-                total = total * k + q
-                mean = mean * k + q * ub
-                top = peak
-            anchor = tl.where(top == -INF, 0.0, top)
-            # every warp takes part in these sums, so none still reads a row that is made in place
-            norm = tl.sum(total, 0)
-            inner = tl.sum(mean, 0) / norm
-            weight = tl.where(norm == 0, 0.0, inverse_tau / norm)
-            inner = tl.where(norm == 0, 0.0, inner)
+            if carried:
+                top = tl.full([], -INF, tl.float32)
+                total = tl.zeros([BLOCK], tl.float32)
+                mean = tl.zeros([BLOCK], tl.float32)
+                for start in range(0, V, BLOCK):
+                    cols = start + tl.arange(0, BLOCK)
+                    z, _ = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
+                    z = perturbed(z, seed, seq, pos, start, inverse_tau, EXPECTED, BLOCK)
+                    peak = tl.maximum(top, tl.max(z, 0))
+                    anchor = tl.where(peak == -INF, 0.0, peak)
+                    k = tl.exp(tl.where(top == -INF, -INF, top - anchor))
+                    q = tl.exp(z - anchor)
+                    ub = tl.load(u_row + cols, mask=cols < V, other=0.0).to(tl.float32)
+                    total = total * k + q
+                    mean = mean * k + q * ub
+                    top = peak
+                anchor = tl.where(top == -INF, 0.0, top)
+                # every warp takes part in these sums: none still reads a row that is made in place
+                norm = tl.sum(total, 0)
+                inner = tl.sum(mean, 0) / norm
+                weight = tl.where(norm == 0, 0.0, inverse_tau / norm)
+                inner = tl.where(norm == 0, 0.0, inner)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z, slope = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
@@ -206,10 +209,11 @@ def _row_grad_kernel(
                 dz = tl.exp(d) * (-ci - ei * d - shift)
                 dz = tl.where(cols == y, at_y, dz)
                 dz = tl.where((ci == 0) & (ei == 0), 0.0, dz)
-            if u is not None:
-                z = perturbed(z, seed, seq, pos, start, inverse_tau, EXPECTED, BLOCK)
-                ub = tl.load(u_row + cols, mask=cols < V, other=0.0).to(tl.float32)
-                dz += weight * tl.exp(z - anchor) * (ub - inner)
+            if u is not None:  # noqa: SIM102 (known when compiled)
+                if carried:
+                    z = perturbed(z, seed, seq, pos, start, inverse_tau, EXPECTED, BLOCK)
+                    ub = tl.load(u_row + cols, mask=cols < V, other=0.0).to(tl.float32)
+                    dz += weight * tl.exp(z - anchor) * (ub - inner)
             dz *= slope * scale
             tl.store(out_row + cols, dz.to(out.dtype.element_ty), mask=cols < V)
     else:

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from oracle import NOT_DIFFERENTIABLE, outputs, run, upstream
+from oracle import NOT_DIFFERENTIABLE, inputs, outputs, run, upstream
 
 import vgkern
 from vgkern import cases
@@ -15,12 +15,13 @@ CASES = ("token_logprobs-v1000-softcap", "linear_token_logprobs-h123-v1035-all",
          "policy_loss-full", "policy_loss-gspo", "linear_policy_loss-full-bias",
          "linear_policy_loss-gspo", "linear_token_logprobs-all-cuts", "gaussian_action-n7-3d",
          "costate_scan-n33-done", "linear_rollout-n4-shared", "noisy_embedding-h123-v1035-all",
-         "linear_divergence-h123-v1035-jsd")  # fmt: skip
+         "linear_divergence-h123-v1035-jsd", "linear_policy_loss-costate-full",
+         "linear_policy_loss-costate-gspo", "linear_token_logprobs-costate-all")  # fmt: skip
 
 
 def prepared(name, backend):
     case = cases.by_name(name)
-    x = case.make(torch.float32, 0)
+    x = inputs(case, torch.float32, backend)
     op = getattr(vgkern, case.op)
 
     def plain(**k):

@@ -7,7 +7,7 @@ import conftest
 import pytest
 import torch
 import torch._dynamo.testing
-from oracle import outputs, run, upstream
+from oracle import by_rows, few_rows, inputs, outputs, run, upstream
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vgkern
@@ -21,7 +21,9 @@ CASES = ("token_logprobs-v31-3d", "linear_token_logprobs-h123-v1035-all",
          "linear_sample-h123-v1035-3d", "linear_sample-all-cuts", "gaussian_action-n7-3d",
          "costate_scan-n33-done", "costate_scan-diagonal-n33-done", "linear_rollout-n4-shared",
          "linear_rollout-diagonal-n33", "noisy_embedding-h123-v1035-all",
-         "linear_divergence-h123-v1035-jsd", "linear_token_logprobs-all-cuts")  # fmt: skip
+         "linear_divergence-h123-v1035-jsd", "linear_token_logprobs-all-cuts",
+         "linear_policy_loss-costate-full", "linear_policy_loss-costate-gspo",
+         "linear_policy_loss-costate-expected", "linear_token_logprobs-costate-all")  # fmt: skip
 
 
 def function(case, backend):
@@ -37,7 +39,7 @@ def test_every_op_is_here():
 def test_fullgraph(name, backend):
     """One graph, forward and backward, with the values and gradients of eager mode."""
     case = cases.by_name(name)
-    x = case.make(torch.float32, 0)
+    x = inputs(case, torch.float32, backend)
     plain = function(case, backend)
     up = upstream(case, plain(**x))
     want, dwant = run(plain, x, case.grads, up)
@@ -65,24 +67,6 @@ def test_the_first_call_may_be_a_compiled_one():
     assert done.returncode == 0 and "-1.386" in done.stdout, done.stderr[-2000:]
 
 
-def repeated(x, n):
-    """The rows of a case n times over."""
-    first = ("targets", "logp", "rewards", "hidden", "mean", "initial", "terminal")
-    rows = next(x[k] for k in first if k in x).shape[0]
-
-    def more(t):
-        return torch.cat([t] * n) if t.ndim and t.shape[0] == rows else t
-
-    out = {}
-    for k, v in x.items():
-        if isinstance(v, torch.Tensor) and k not in ("weight", "teacher_weight", "embedding"):
-            v = more(v)
-        elif isinstance(v, vgkern.Noise):
-            v = vgkern.Noise(v.seed, more(v.sequence), more(v.position))
-        out[k] = v
-    return out
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_dynamic_shapes(name, backend):
     """Another number of rows neither breaks the graph nor recompiles it."""
@@ -92,8 +76,12 @@ def test_dynamic_shapes(name, backend):
     graphs = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(plain, fullgraph=True, backend=graphs, dynamic=True)
     with torch.no_grad():
-        for n in (2, 3, 5) if backend in ("torch", "cpu") else (1, 2):  # emulated: slow
-            x = repeated(case.make(torch.float32, 0), n)
+        for n in (2, 3) if few_rows(case, backend) else (2, 3, 5):
+            x = case.make(torch.float32, 0)
+            if few_rows(case, backend):  # that many rows, elsewhere that many times all rows
+                x = by_rows(x, lambda t: t[:n])  # noqa: B023
+            else:
+                x = by_rows(x, lambda t: torch.cat([t] * n))  # noqa: B023
             got, want = compiled(**x), plain(**x)
             for k in want:
                 torch.testing.assert_close(got[k], want[k], rtol=1e-5, atol=1e-6)
@@ -128,7 +116,7 @@ def test_opcheck(name, dtype, fused):
     if (name.partition("-")[0], fused) in conftest.LACKS:
         pytest.skip(f"no kernels for {fused}")
     case, backend = cases.by_name(name), fused
-    x = case.make(dtype, 0)
+    x = inputs(case, dtype, backend)
     plain = function(case, backend)
     up = upstream(case, plain(**x))
     with Record() as record:

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import INTERPRETED
 from vgkern.gate import coverage, doctor, table
 from vgkern.gate.arch import ARCHS, occupancy
-from vgkern.gate.row import Row
+from vgkern.gate.row import Row, _memory
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if INTERPRETED:
@@ -106,9 +106,17 @@ def test_a_spill_is_reported():
         _sort_kernel[(1,)](x, x, BLOCK=4096, num_warps=4, maxnreg=32, enable_fp_fusion=True)
 
     row = gate(call)
-    assert row.spills > 0 and said(row, f"spills {row.spills} bytes a thread; allowed: 0")
-    old = Row(**{**row.to_json(), "compiler": "triton 3.6.0", "problems": []})
-    assert row.spills > 16 and not old.problems
+    assert row.spills > 24 and said(row, f"spills {row.spills} bytes a thread; allowed: ")
+
+
+@pytest.mark.parametrize(("compiler", "allowed"), [
+    ("triton 3.6.0", 24), ("triton 3.7.1", 24), ("triton 3.9.0", 0), ("triton 3.10.0", 0),
+    ("nvcc 13.0", 0),
+])  # fmt: skip
+def test_what_an_older_ptxas_may_spill(compiler, allowed):
+    for spills in (allowed, allowed + 1):
+        row = Row("_kernel", "launch", 90, compiler, registers=32, spills=spills)
+        assert bool(_memory(row)) == (spills > allowed)
 
 
 def test_too_much_shared_memory_is_reported():

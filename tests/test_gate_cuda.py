@@ -5,7 +5,7 @@ import pytest
 from vgkern.gate import coverage, cuda, table
 from vgkern.gate.arch import DEFAULT
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)  # `make test` runs it at low priority
 NVCC = cuda.find_nvcc()
 if NVCC is None:
     pytest.skip("there is no nvcc", allow_module_level=True)

@@ -8,7 +8,7 @@ from tests.conftest import INTERPRETED
 from vgkern.gate import coverage, table
 from vgkern.gate.arch import DEFAULT
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)  # `make test` runs it at low priority
 if INTERPRETED:
     pytest.skip(
         "TRITON_INTERPRET: one process cannot interpret and compile", allow_module_level=True

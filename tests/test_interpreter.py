@@ -21,6 +21,7 @@ from vgkern.kernels import (
     group_advantages,
     linear,
     linear_token_logprobs,
+    logits,
     objective,
     policy_loss,
     rows,
@@ -359,7 +360,7 @@ MUTATIONS = {
         "token_logprobs-v33-temperature", rows, "row_grad",
         _wrapped(lambda f, *a: f(*a[:7], a[7] * 1.01, *a[8:]))),
     "token_logprobs: target counted twice": (
-        "token_logprobs-v31-3d", rows, "finish",
+        "token_logprobs-v31-3d", logits, "finish",
         _wrapped(lambda f, target, top, total, dot, here: f(target, top, total + 1, dot, here))),
     "linear_token_logprobs: sums not moved to a new maximum": (
         "linear_token_logprobs-h123-v1035-all", linear_token_logprobs, "raised",

@@ -9,7 +9,7 @@ RANK = {
     "kernels": 0, "objectives": 0,
     "ops._check": 1, "ops._compile": 1,
     "ops._library": 2, "ops._native": 2, "ops._cuda_build": 2, "ops._cuda_truncated": 2,
-    "ops._backend": 3, "ops._cuda": 3,
+    "ops._backend": 3, "ops._cuda": 3, "ops._cuda_continuous": 3,
     "ops": 4,
     "": 5, "nn": 5, "costate": 5, "case_inputs": 5, "cases": 5,
     "bench": 6, "gate": 6, "train": 6,

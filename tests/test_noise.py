@@ -114,3 +114,9 @@ def test_bad_address(seed, sequence, position, error, words):
     with pytest.raises(error) as e:
         vgkern.Noise(seed, torch.tensor(sequence), torch.tensor(position))
     assert all(w in str(e.value) for w in words), e.value
+
+
+def test_the_signed_seed_has_the_same_bits():
+    for seed in (0, 1, 2**63 - 1, 2**63, 2**64 - 1):
+        signed = vgkern.Noise(seed, torch.tensor(0), torch.tensor(0)).signed_seed
+        assert torch.tensor(signed).dtype == torch.int64 and signed % 2**64 == seed

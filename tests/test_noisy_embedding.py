@@ -1,5 +1,7 @@
 """What is special to noisy_embedding: a hard forward, the surrogate behind it, replay, memory."""
 
+import itertools
+
 import conftest
 import pytest
 import torch
@@ -85,6 +87,42 @@ def test_replayed_noise_chooses_the_sampled_token(backend, options):
         torch.testing.assert_close(
             g.double(), want.where(z[i] > -torch.inf, 0), rtol=1e-4, atol=1e-6
         )
+
+
+PAIRS = list(itertools.product(("torch", *NATIVE), repeat=2))
+
+
+@pytest.mark.parametrize(("sampler", "trainer"), PAIRS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_every_backend_replays_the_noise_of_every_sampler(sampler, trainer, softcap):
+    """The largest q of the row that one backend's backward works with is the id that another one's
+    sampler drew: with a head of ones on the diagonal the hidden gradient is dz itself."""
+    conftest.skip_unless_runs(sampler), conftest.skip_unless_runs(trainer)
+    n, v, a, b = 24, 130, 7, 90
+    g = torch.Generator().manual_seed(1)
+    z, eye = 2 * torch.randn(n, v, generator=g), torch.eye(v)
+    drawn = noise(n, seed=2**64 - 5, position=2**32 - 2)
+    options = {"temperature": 0.8, "softcap": softcap}
+    token = vgkern.linear_sample(z, eye, drawn, **options, backend=sampler).token
+    capped = z if softcap is None else softcap * torch.tanh(z / softcap)
+    score = capped.double() / 0.8 + drawn.gumbel(v, torch.float64)
+    two = score.topk(2).values
+    clear = two[:, 0] - two[:, 1] > 1e-3
+    assert clear.sum() > n - 3
+
+    def other_ids(k):  # q_v q_k of v != k, from dz_v = q_v (u_v - <q, u>) with u = 1 at id k
+        h = z.clone().requires_grad_()
+        x = vgkern.noisy_embedding(h, eye, eye, token, drawn, **options, backend=trainer)
+        (dz,) = torch.autograd.grad(x[:, k].sum(), h)
+        return -(dz if softcap is None else dz / (1 - (capped / softcap).square()))
+
+    one, two = other_ids(a), other_ids(b)
+    rest = torch.ones(v, dtype=torch.bool)
+    rest[[a, b]] = False
+    ratio = one[:, rest].sum(-1) / two[:, rest].sum(-1)  # q_a / q_b
+    one[:, a] = one[:, b] * ratio
+    assert torch.equal(one.argmax(-1)[clear], token[clear])
+    assert len(token.unique()) > 10
 
 
 def straight_through(x, g, tau, temperature=1.0):

@@ -91,7 +91,8 @@ SPOILED = ("token_logprobs-v33-temperature", "linear_token_logprobs-h7-v31-3d",
            "linear_policy_loss-grpo-h7-v31",
            "linear_sample-h7-v31", "gaussian_action-n7-3d", "costate_scan-n4",
            "linear_rollout-n4-shared", "noisy_embedding-h7-v31-3d",
-           "linear_token_logprobs-per-row-cuts",
+           "linear_token_logprobs-per-row-cuts", "linear_token_logprobs-costate-h7-v31-3d",
+           "linear_policy_loss-costate-expected",
            "linear_divergence-h7-v31-3d")  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from vgkern.objectives import Objective
 from vgkern.ops._backend import BackendError, use_backend
 from vgkern.ops._check import NonFiniteError
+from vgkern.ops.costate import Costate
 from vgkern.ops.costate_scan import costate_scan
 from vgkern.ops.gaussian_action import GaussianAction, gaussian_action
 from vgkern.ops.group_advantages import group_advantages
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Costate",
     "Divergence",
     "GaussianAction",
     "Noise",

@@ -1,4 +1,4 @@
-"""`python -m vgkern train | build | doctor`. Each command imports only what it needs."""
+"""`python -m vgkern COMMAND`. Each command imports only what it needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 
 COMMANDS = {
     "train": "train a language model with RL (--help lists every setting)",
+    "probe": "say what a checkpoint's costates say: signal, headroom, norms (and a picture)",
+    "bench": "time every op against the others on this machine (--quick: two minutes)",
     "build": "compile the native kernels now, into the cache",
     "doctor": "say what runs here: backends, compiler, cache",
 }
@@ -25,6 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     command = parser.parse_args(given).command
     if command == "doctor":
         return doctor(rest)
+    if command == "probe":
+        return probe(rest)
+    if command == "bench":
+        from vgkern.bench.cli import main as bench
+
+        return bench(rest)
     return train(rest) if command == "train" else native(command, rest)
 
 
@@ -42,6 +50,22 @@ def train(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("\nvgkern train: interrupted; metrics so far are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def probe(arguments: list[str]) -> int:
+    from vgkern.train.errors import RunError
+
+    try:
+        from vgkern.train.probe import main as run
+
+        run(arguments)
+    except RunError as error:
+        print(f"vgkern probe: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nvgkern probe: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
 

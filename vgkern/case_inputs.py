@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from vgkern.objectives import Objective
+from vgkern.ops.costate import Costate
+from vgkern.ops.noise import Noise
 
 Inputs = dict[str, Any]
 GARBAGE = 2**40  # target of a masked row: nothing may look it up
@@ -154,3 +156,30 @@ def policy_rows(
             if k in out:  # a mask has to win over anything: here an overflow of exp
                 out[k] = out[k].masked_fill(~mask, -1e4)
     return out
+
+
+def costates(
+    x: Inputs,  # of `head`, and its mask
+    seed: int,
+    *,
+    he: int = 0,  # 0: the width of the head
+    tied: bool = False,  # the table is the head
+    relaxation: str = "expected",
+    tau: float = 1.0,
+    weight: float = 1.0,
+) -> Costate:
+    """A costate per row, every fourth exactly 0, NaN where a mask says that there is none."""
+    g = torch.Generator().manual_seed(seed + 7)
+    head, shape = x["weight"], x["targets"].shape
+    table = head
+    if not tied:
+        table = torch.randn(head.shape[0], he or head.shape[1], generator=g).to(head.dtype)
+    value = torch.randn(*shape, table.shape[1], generator=g)
+    value.reshape(-1, table.shape[1])[1::4] = 0
+    if x.get("mask") is not None:
+        value = value.masked_fill(~x["mask"][..., None], torch.nan)
+    noise = None
+    if relaxation == "gumbel":
+        ids = torch.arange(math.prod(shape)).reshape(shape) + 2**33
+        noise = Noise(2**64 - 1 - seed, ids, torch.tensor(seed))
+    return Costate(value.to(head.dtype), table, noise, relaxation, tau, weight)

@@ -23,6 +23,29 @@ def eager_noisy_embedding(
     return {"x": embedding[tokens] + (soft - soft.detach())}
 
 
+class Beside(torch.autograd.Function):
+    """logp as it is; its backward pass adds the gradient of `term`, whatever arrives."""
+
+    @staticmethod
+    def forward(ctx, logp, term):
+        return logp.clone()
+
+    @staticmethod
+    def backward(ctx, dlogp):
+        return dlogp, torch.ones((), dtype=dlogp.dtype)
+
+
+def carried(costate, keep, hidden, weight, bias=None, temperature=1.0, softcap=None):
+    """weight * <noisy_embedding, value> over the rows `keep`: the term that a costate adds."""
+    value = costate.value.to(hidden.dtype).masked_fill(~keep[..., None], 0)
+    table, y = costate.embedding.to(hidden.dtype), torch.zeros(keep.shape, dtype=torch.int64)
+    x = eager_noisy_embedding(
+        hidden.masked_fill(~keep[..., None], 0), weight, table.detach(), y, costate.noise, bias,
+        costate.relaxation, costate.tau, temperature, softcap
+    )["x"]  # fmt: skip
+    return costate.weight * (x * value).sum()
+
+
 def eager_linear_divergence(
     hidden, weight, teacher_hidden, teacher_weight, kind="reverse_kl", temperature=1.0, mask=None
 ):

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from eager.embedding import Beside, carried
 from mutation import reference, scaled_gradient
 
 
@@ -16,8 +17,13 @@ def eager_token_logprobs(logits, targets, temperature=1.0, softcap=None, ignore_
 
 
 def eager_linear_token_logprobs(
-    hidden, weight, targets, bias=None, top_k=None, top_p=None, min_p=None, **options
+    hidden, weight, targets, bias=None, top_k=None, top_p=None, min_p=None, costate=None, **options
 ):
+    if costate is not None:
+        out = eager_linear_token_logprobs(hidden, weight, targets, bias, **options)
+        keep = targets != options.pop("ignore_index", -100)
+        term = carried(costate, keep, hidden, weight, bias, **options)
+        return {**out, "logp": Beside.apply(out["logp"], term)}
     logits, t = F.linear(hidden, weight, bias), options.get("temperature")
     if top_k is None and top_p is None and min_p is None and not isinstance(t, torch.Tensor):
         return eager_token_logprobs(logits, targets, **options)

@@ -1,6 +1,7 @@
 """Plain PyTorch for advantages and policy losses, as users write it; in fp64 the truth."""
 
 import torch
+from eager.embedding import carried
 from eager.logprobs import eager_linear_token_logprobs
 from mutation import reference, scaled_gradient
 
@@ -115,9 +116,15 @@ def eager_policy_loss(
 
 
 def eager_linear_policy_loss(
-    hidden, weight, targets, bias=None, temperature=1.0, softcap=None, **k
+    hidden, weight, targets, bias=None, temperature=1.0, softcap=None, costate=None, **k
 ):
     mask = k.get("mask")
+    if costate is not None:
+        options = {"bias": bias, "temperature": temperature, "softcap": softcap}
+        out = eager_linear_policy_loss(hidden, weight, targets, **options, **k)
+        keep = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+        term = carried(costate, keep, hidden, weight, **options)
+        return {**out, "loss": out["loss"] + (term - term.detach())}
     y = targets if mask is None else targets.where(mask, 0)
     lp = eager_linear_token_logprobs(
         hidden, weight, y, bias, temperature=temperature, softcap=softcap
@@ -127,6 +134,19 @@ def eager_linear_policy_loss(
 
 # What the oracle must see: (case, how the reference is broken)
 MUTATIONS = {
+    "linear_policy_loss: costate 1% too large": (
+        "linear_policy_loss-costate-expected", reference(
+            lambda ref, *a: ref(*a[:-1], a[-1]._replace(scale=1.01 * a[-1].scale)))),
+    "linear_policy_loss: costate by the noise of another seed": (
+        "linear_policy_loss-costate-full", reference(
+            lambda ref, *a: ref(*a[:-1], a[-1]._replace(seed=a[-1].seed + 1)))),
+    "linear_policy_loss: tau of the costate not in its gradient": (
+        "linear_policy_loss-costate-full", reference(
+            lambda ref, *a: ref(*a[:-1], a[-1]._replace(tau=1.0)))),
+    "linear_policy_loss: a costate of a masked row": (
+        "linear_policy_loss-costate-expected", reference(
+            lambda ref, *a: ref(*a[:-1], a[-1]._replace(
+                value=a[-1].value + (a[4][1].reshape(-1, 1) == 0))))),
     "group_advantages: biased deviation": (
         "group_advantages-grpo", reference(
             lambda ref, r, *a: ref(r, *a) * 1.01)),

@@ -50,3 +50,11 @@ def nhv(x: Inputs) -> tuple[int, int, int]:
 def head_bytes(x: Inputs, reads: int) -> int:
     """`reads` passes over hidden and weight, their gradients written once."""
     return (reads + 1) * size(x["hidden"], x["weight"])
+
+
+def costate_flops(x: Inputs) -> int:
+    """u = E lambda, for the rows that have a costate."""
+    if x.get("costate") is None:
+        return 0
+    value, table = x["costate"].value, x["costate"].embedding
+    return 2 * int((value.nan_to_num(0) != 0).any(-1).sum()) * table.numel()

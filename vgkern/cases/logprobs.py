@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from vgkern.case_inputs import Inputs, head
-from vgkern.cases._case import Case, head_bytes, nhv, size
+from vgkern.case_inputs import Inputs, costates, head
+from vgkern.cases._case import Case, costate_flops, head_bytes, nhv, size
 
 
 def token_logprobs(name: str, shape: tuple[int, ...], v: int, **kw: Any) -> Case:
@@ -33,6 +33,7 @@ def token_logprobs(name: str, shape: tuple[int, ...], v: int, **kw: Any) -> Case
 
 def linear_token_logprobs(name: str, shape: tuple[int, ...], h: int, v: int, **kw: Any) -> Case:
     ignore = kw.pop("ignore", False)
+    carried = kw.pop("costate", None)  # options of case_inputs.costates
     cut: Inputs = {k: kw.pop(k) for k in ("top_k", "top_p", "min_p") if k in kw}
     per_row = kw.get("temperature") == "per row"
     if per_row:
@@ -45,13 +46,15 @@ def linear_token_logprobs(name: str, shape: tuple[int, ...], h: int, v: int, **k
         if per_row:
             n = math.prod(shape)
             x["temperature"] = torch.tensor([1.0, 0.0, 0.5, 1.75]).repeat(n)[:n].reshape(shape)
+        if carried is not None:
+            x["costate"] = costates(x, seed, **carried)
         return {**x, **cut}
 
     return Case(
         name,
         "linear_token_logprobs",
         make,
-        lambda x: 8 * math.prod(nhv(x)),
+        lambda x: 8 * math.prod(nhv(x)) + costate_flops(x),
         lambda x: head_bytes(x, 2),
         ("hidden", "weight", "bias"),
     )
@@ -93,6 +96,15 @@ CASES: tuple[Case, ...] = (
                           temperature="per row", ignore=True),
     linear_token_logprobs("peaked-top-p", (4,), 64, 1000, peaked=True, top_p=0.9999),
     linear_token_logprobs("zero-rows-cut", (0,), 7, 33, top_k=3),
+    linear_token_logprobs("costate-h7-v31-3d", (3, 5), 7, 31, bias="plain", costate={"he": 5}),
+    linear_token_logprobs("costate-all", (33,), 123, 1035, bias="plain", temperature=1.3,
+                          softcap=6.0, ignore=True, costate={"he": 50, "relaxation": "gumbel",
+                                                             "tau": 1.7, "weight": -0.6}),
+    linear_token_logprobs("costate-tied-gumbel", (9,), 64, 1000, bias="blocked",
+                          costate={"tied": True, "relaxation": "gumbel"}),
+    linear_token_logprobs("costate-peaked", (12,), 64, 1000, peaked=True,
+                          costate={"relaxation": "gumbel"}),
+    linear_token_logprobs("costate-zero-rows", (0,), 7, 33, costate={}),
 )  # fmt: skip
 
 BENCH: tuple[Case, ...] = (

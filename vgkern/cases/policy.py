@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vgkern import objectives
-from vgkern.case_inputs import GARBAGE, Inputs, group_rewards, head, padding, policy_rows
-from vgkern.cases._case import Case, head_bytes, nhv, size
+from vgkern.case_inputs import GARBAGE, Inputs, costates, group_rewards, head, padding, policy_rows
+from vgkern.cases._case import Case, costate_flops, head_bytes, nhv, size
 from vgkern.objectives import Objective
 
 
@@ -22,7 +22,8 @@ def _active(x: Inputs) -> int:
 
 def _linear_policy_flops(x: Inputs) -> int:
     _, h, v = nhv(x)
-    return (6 if objectives.resolve(x["objective"]).row_local else 8) * _active(x) * h * v
+    gemms = 6 if objectives.resolve(x["objective"]).row_local else 8
+    return gemms * _active(x) * h * v + costate_flops(x)
 
 
 def group_advantages(name: str, b: int, estimator: str, constant: float | None = None) -> Case:
@@ -72,6 +73,7 @@ def linear_policy_loss(
     name: str, shape: tuple[int, ...], h: int, v: int, objective: Objective, **kw: Any
 ) -> Case:
     side = kw.pop("pad", None)
+    carried = kw.pop("costate", None)  # options of case_inputs.costates
     rows = {k: kw.pop(k) for k in ("token_advantages", "on_policy") if k in kw}
 
     def make(dtype: torch.dtype, seed: int) -> Inputs:
@@ -79,7 +81,10 @@ def linear_policy_loss(
         mask = padding(shape[0], shape[1], seed, side) if side else None
         if mask is not None:
             x["targets"] = x["targets"].where(mask, GARBAGE)
-        return {**x, **policy_rows(logp, objective, seed, mask=mask, **rows)}
+        x |= policy_rows(logp, objective, seed, mask=mask, **rows)
+        if carried is not None:
+            x["costate"] = costates(x, seed, **carried)
+        return x
 
     return Case(
         name,
@@ -173,6 +178,15 @@ CASES: tuple[Case, ...] = (
     linear_policy_loss("peaked", (8, 5), 64, 1000, _O.BNPO, pad="right", peaked=True),
     linear_policy_loss("one-token", (1, 1), 1, 3, _FULL),
     linear_policy_loss("zero-rows", (0, 5), 7, 33, _O.GRPO),
+    linear_policy_loss("costate-expected", (8, 5), 64, 1000, _O.GRPO, pad="right", costate={}),
+    linear_policy_loss("costate-tied-gumbel", (8, 5), 64, 1000, _O.DAPO, pad="left",
+                       costate={"tied": True, "relaxation": "gumbel"}),
+    linear_policy_loss("costate-full", (8, 5), 123, 1035, _FULL, pad="right", bias="plain",
+                       temperature=1.3, softcap=6.0,
+                       costate={"he": 50, "relaxation": "gumbel", "tau": 1.7, "weight": 0.3}),
+    linear_policy_loss("costate-gspo", (8, 5), 64, 257, _O.GSPO, pad="right", temperature=0.7,
+                       costate={"he": 9, "relaxation": "gumbel", "tau": 0.6}),
+    linear_policy_loss("costate-zero-rows", (0, 5), 7, 33, _O.GRPO, costate={}),
 )  # fmt: skip
 
 BENCH: tuple[Case, ...] = (

@@ -5,8 +5,10 @@ Read with cuobjdump and nvdisasm, which come with Triton. What the tools do not 
   LOCAL stays 0; STACK may also be reserved and not used. Only ptxas's own log tells them apart.
 - from sm_90 on SHARED holds the 1 KiB that the system reserves.
 - counts of instructions are static: the body of a loop counts once; padding is counted out.
+- nvdisasm takes 0.4 s to start and no time to run: the code of many kernels goes to it at once.
 """
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -15,8 +17,10 @@ import importlib.util
 import json
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from vgkern.gate.arch import RESERVED
@@ -24,7 +28,7 @@ from vgkern.gate.arch import RESERVED
 _TENSOR = re.compile(r"[HIQBD]GMMA|UTC\w*MMA|[HIQDO]MMA")  # wgmma, tcgen05, mma.sync
 _COPIES = {"LDGSTS": "cp.async", "UTMALDG": "tma", "UTMASTG": "tma", "UBLKCP": "bulk"}
 _INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w:]+)*)", re.M
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w:]+)*)", re.M
 )
 
 
@@ -53,41 +57,80 @@ def tool(name: str) -> str:
     raise FileNotFoundError(f"{name}: neither in triton nor on the PATH; pip install triton")
 
 
-def inspect(cubin: bytes, arch: int, cache: Path | None = None) -> dict[str, Resources]:
-    """{mangled name: Resources}; `cache`: a directory that keeps the answer by content."""
-    made_of = cubin + Path(__file__).read_bytes()
-    kept = cache / f"{hashlib.sha256(made_of).hexdigest()[:32]}.json" if cache else None
-    if kept and kept.exists():
-        return {k: Resources(**v) for k, v in json.loads(kept.read_text()).items()}
-    found = _inspect(cubin, arch)
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as f:
-            json.dump({k: dataclasses.asdict(v) for k, v in found.items()}, f)
-        Path(f.name).replace(kept)
-    return found
-
-
-def _inspect(cubin: bytes, arch: int) -> dict[str, Resources]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(cubin)
-        f.flush()
-        usage = _run(tool("cuobjdump"), "-res-usage", f.name)
-        bounds = _bounds(_run(tool("cuobjdump"), "-elf", f.name))
-        code = _run(tool("nvdisasm"), "-c", "-ndf", f.name)
-    bodies = dict(re.findall(r"^\.text\.(\S+):$(.*?)(?=^\s*\.section|\Z)", code, re.M | re.S))
+def inspect(
+    cubins: Sequence[bytes], arch: int, cache: Path | None = None
+) -> list[dict[str, Resources]]:
+    """{mangled name: Resources} of each; `cache`: a directory that keeps the answers by content."""
+    own = Path(__file__).read_bytes()
+    names = [hashlib.sha256(cubin + own).hexdigest()[:32] for cubin in cubins]
     found = {}
-    for name, line in re.findall(r"Function (\S+?):\s*\n\s*(.*)", usage):
-        found[name] = _resources(line, bodies[name], arch, bounds.get(name, 0))
+    for name in names:
+        if cache and (kept := cache / f"{name}.json").exists():
+            found[name] = {k: Resources(**v) for k, v in json.loads(kept.read_text()).items()}
+    new = {name: cubin for name, cubin in zip(names, cubins, strict=True) if name not in found}
+    for name, made in zip(new, _inspect(list(new.values()), arch), strict=True):
+        found[name] = made
+        if cache:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as f:
+                json.dump({k: dataclasses.asdict(v) for k, v in made.items()}, f)
+            Path(f.name).replace(cache / f"{name}.json")
+    return [found[name] for name in names]
+
+
+def _inspect(cubins: list[bytes], arch: int) -> list[dict[str, Resources]]:
+    found = []
+    opcodes = iter(_opcodes([code for cubin in cubins for code in _code(cubin).values()], arch))
+    for cubin in cubins:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(cubin)
+            f.flush()
+            usage = _run(tool("cuobjdump"), "-res-usage", f.name)
+            bounds = _bounds(_run(tool("cuobjdump"), "-elf", f.name))
+        bodies = {name: next(opcodes) for name in _code(cubin)}
+        lines = re.findall(r"Function (\S+?):\s*\n\s*(.*)", usage)
+        found.append({k: _resources(s, bodies[k], arch, bounds.get(k, 0)) for k, s in lines})
     return found
 
 
-def _resources(line: str, body: str, arch: int, threads: int) -> Resources:
+def _code(cubin: bytes) -> dict[str, bytes]:
+    """{mangled name: machine code}: the sections .text.<name> of a 64-bit ELF file."""
+    (at,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    table = [struct.unpack_from("<II16xQQ", cubin, at + i * size) for i in range(count)]
+    strings = table[names][2] if table else 0
+    found = {}
+    for name, _, start, length in table:
+        text = cubin[strings + name : cubin.index(b"\0", strings + name)].decode()
+        if text.startswith(".text."):
+            found[text.removeprefix(".text.")] = cubin[start : start + length]
+    return found
+
+
+def _opcodes(codes: list[bytes], arch: int) -> list[list[str]]:
+    """The instructions of each piece of machine code, NOPs included."""
+    if not codes:
+        return []
+    with tempfile.NamedTemporaryFile(suffix=".bin") as f:
+        f.write(b"".join(codes))
+        f.flush()
+        said = _run(tool("nvdisasm"), "-b", f"SM{arch}{'a' if arch >= 90 else ''}", f.name)
+    lines = [(int(at, 16), opcode) for at, opcode in _INSTRUCTION.findall(said)]
+    found, first, end = [], 0, 0
+    for code in codes:
+        end += len(code)
+        last = bisect.bisect_left(lines, (end, ""), first)
+        found.append([opcode for _, opcode in lines[first:last]])
+        first = last
+    return found
+
+
+def _resources(line: str, opcodes: list[str], arch: int, threads: int) -> Resources:
     usage = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
     tensor: collections.Counter[str] = collections.Counter()
     loads: collections.Counter[str] = collections.Counter()
     local, count = False, 0
-    for opcode in _INSTRUCTION.findall(body):
+    for opcode in opcodes:
         base, *parts = opcode.split(".")
         count += base != "NOP"
         if _TENSOR.fullmatch(base):

@@ -64,7 +64,7 @@ def compile_source(source: Path, arch: int, nvcc: str, cache: Path) -> list[Row]
             new.replace(cubin)
     spilled = spills(cubin.with_suffix(".txt").read_text())
     rows = []
-    for mangled, resources in inspect(cubin.read_bytes(), arch, cache).items():
+    for mangled, resources in inspect([cubin.read_bytes()], arch, cache)[0].items():
         name = next((n for n in names if f"{len(n)}{n}" in mangled), mangled)
         faults = [] if resources.threads else ["no __launch_bounds__"]
         rows.append(

@@ -210,20 +210,27 @@ def _policy() -> Iterator[Launch]:
 
 def _linear_policy() -> Iterator[Launch]:
     def case(
-        head: Head, label: str, extras: bool, bias: bool, softcap: float, needs: list[bool]
-    ) -> Launch:
+        head: Head, label: str, extras: bool, bias: bool, softcap: float, needs: list[bool],
+        costate: bool = False,
+    ) -> Launch:  # fmt: skip
         def arguments() -> tuple[Any, ...]:
             n = head.rows
             logs = [f32(n) if extras else None for _ in range(3)]
             o = objectives.GRPO.replace(beta=0.04, entropy_coef=0.01) if extras else objectives.GRPO
             rows = (ids(n), f32(n), f32(n), *logs)
-            return *head.tensors(bias), *rows, 1.0, softcap, o.pack(), needs
+            third: tuple[Any, ...] = ()
+            if costate:
+                seed, sequence, position = noise(n)
+                third = (seed, 0.5, *head.tensors()[:2], sequence, position, f32(1).view(()))
+            return *head.tensors(bias), *rows, 1.0, softcap, o.pack(), needs, *third
 
         return _launch("linear_policy_loss_fwd", f"{head} {label}", arguments)
 
     yield case(LLAMA, "", False, False, 0.0, ALL)
     yield case(SMOL, "all terms bias softcap", True, True, 30.0, ALL)
     yield case(ODD, "frozen head", False, False, 0.0, FROZEN_HEAD)
+    yield case(LLAMA, "costate", False, False, 0.0, ALL, costate=True)
+    yield case(SMOL, "costate all terms bias softcap", True, True, 30.0, ALL, costate=True)
 
 
 def _credit() -> Iterator[Launch]:

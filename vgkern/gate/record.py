@@ -27,7 +27,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from vgkern.gate.arch import ARCHS
-from vgkern.gate.cubin import inspect, spills
+from vgkern.gate.cubin import Resources, inspect, spills
 from vgkern.gate.row import Row
 
 GRID = (2**31 - 1, 65535, 65535)
@@ -51,6 +51,11 @@ class Compile(NamedTuple):
     grid: tuple[int, ...]
     fusion_said: bool  # enable_fp_fusion is passed: its default differs between versions
     halves: bool  # it takes bf16 or fp16 tensors
+
+    @property
+    def label(self) -> str:
+        more = len(self.labels) - 1
+        return self.labels[0] + (f" (+{more})" if more else "")
 
 
 class _Driver:
@@ -159,25 +164,29 @@ def record(launches: Iterable[Launch], arch: int) -> tuple[list[Compile], list[R
 def compile_launches(launches: Iterable[Launch], arch: int, cache: Path | None = None) -> list[Row]:
     """One row for each specialisation that the launches ask for, and for each that fails."""
     wanted, rows = record(launches, arch)
+    target = GPUTarget("cuda", arch, 32)
+    compiled = []
     with _gpu(arch):
         for item in wanted:
-            rows.append(_compile(item, arch, cache))
+            try:
+                made: Any = triton.compile(item.source, target=target, options=item.options)
+            except Exception as e:
+                rows.append(Row.broken(item.kernel, item.label, arch, f"compiler: {_last(e)}"))
+            else:
+                compiled.append((item, made))
+        found = inspect([made.asm["cubin"] for _, made in compiled], arch, cache)
+        for (item, made), resources in zip(compiled, found, strict=True):
+            rows.append(_row(item, made, arch, *resources.values()))
     return rows
 
 
-def _compile(item: Compile, arch: int, cache: Path | None) -> Row:
-    label = item.labels[0] + (f" (+{len(item.labels) - 1})" if len(item.labels) > 1 else "")
-    try:
-        made = triton.compile(item.source, target=GPUTarget("cuda", arch, 32), options=item.options)
-    except Exception as e:
-        return Row.broken(item.kernel, label, arch, f"compiler: {_last(e)}")
-    (resources,) = inspect(made.asm["cubin"], arch, cache).values()
+def _row(item: Compile, made: Any, arch: int, resources: Resources) -> Row:
     faults = [] if item.fusion_said else ["the launch does not pass enable_fp_fusion"]
     sizes = zip(item.grid, GRID, "xyz", strict=False)
     faults += [f"grid {axis} = {n} > {most}" for n, most, axis in sizes if n > most]
     return Row.of(
         kernel=item.kernel,
-        launch=label,
+        launch=item.label,
         arch=arch,
         compiler=f"triton {triton.__version__}",
         resources=resources,

@@ -67,6 +67,12 @@ def triton_rows(folder: Path, archs: Iterable[int]) -> list[Row]:
         return [row for rows in pool.map(lambda a: _triton_rows(folder, a), archs) for row in rows]
 
 
+def cached(folder: Path, arch: int) -> bool:
+    """Whether `triton_rows` answers for this architecture without compiling."""
+    version = triton_version(folder)
+    return (cache() / f"triton-{version}-sm_{arch}-{_made_of(version)}.json").exists()
+
+
 def cuda_rows(nvcc: str, archs: Iterable[int]) -> list[Row]:
     """Every kernel of csrc/*.cu for each architecture."""
     work = [(source, arch) for arch in archs for source in cuda.sources()]

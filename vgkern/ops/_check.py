@@ -71,6 +71,12 @@ def positive(name: str, x: object) -> float:
     return float(x)
 
 
+def finite(name: str, x: object) -> float:
+    if isinstance(x, bool) or not isinstance(x, Real) or not math.isfinite(float(x)):
+        raise fail(name, x, "a finite number")
+    return float(x)
+
+
 def softcap(x: float | None) -> float:
     """0.0 stands for no soft-cap below the public functions."""
     return 0.0 if x is None else positive("softcap", x)

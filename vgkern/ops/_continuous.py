@@ -36,11 +36,10 @@ def values(name: str, x: Tensor, good: Tensor, allowed: str) -> None:
 
 
 def seed_and_rows(noise: object, shape: torch.Size, device: torch.device) -> tuple:
-    """(seed as int64 two's complement, sequence [N], position [N]) of rows of `shape`."""
+    """(signed seed, sequence [N], position [N]) of rows of `shape`."""
     if not isinstance(noise, Noise):
         raise TypeError(f"noise: got {_check.describe(noise)}; allowed: vgkern.Noise")
-    seed = noise.seed - 2**64 if noise.seed >= 2**63 else noise.seed
-    return seed, *noise.rows(shape, device)
+    return noise.signed_seed, *noise.rows(shape, device)
 
 
 def state_shape(jacobian: object) -> tuple[Tensor, torch.Size]:

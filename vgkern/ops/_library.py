@@ -23,13 +23,17 @@ SECOND_ORDER = (
 )
 
 
-def define(schema: str, fake: Callable[..., Any], kernels: str) -> None:
+def define(schema: str, fake: Callable[..., Any], kernels: str | None) -> None:
     """Declare `<namespace>::<schema>` for every backend, with its shape function.
 
     `kernels` is the file of the op: vgkern.kernels.<kernels> has a launcher named like the
-    operator with the arguments of the schema.
+    operator with the arguments of the schema. None: C++ alone has it.
     """
     name = schema.split("(")[0]
+    if kernels is None:
+        _LIBS["cpu"].define(schema)
+        torch.library.register_fake(f"{NAMESPACES['cpu']}::{name}", fake, lib=_LIBS["cpu"])
+        return
     _NAMES.append(name)
     for backend, lib in _LIBS.items():
         lib.define(schema)

@@ -7,7 +7,8 @@ When c is known from its own row (every objective but the sequence-level ones) t
 a block of logits into dz in place while it is hot: three GEMMs, one [chunk, V] fp32 block, no
 [N, V]. Sequence-level objectives compose linear_token_logprobs and policy_loss: four GEMMs.
 Rows with an exactly zero coefficient (masked, zero advantage, clipped) are compacted away before
-the GEMMs they do not need. No dW when the head is frozen; dW accumulates in fp32.
+the GEMMs they do not need, unless a `Costate` arrives at them: the third term of the row gradient
+is added to dz in the same pass. No dW when the head is frozen; dW accumulates in fp32.
 """
 
 from typing import Any
@@ -20,13 +21,10 @@ from vgkern.objectives import Objective
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
+from vgkern.ops._linear import grads_like, linear_inputs
+from vgkern.ops.costate import COSTATE, Carried, Costate, costate_of, costate_term_ref
 from vgkern.ops.group_advantages import group_advantages
-from vgkern.ops.linear_token_logprobs import (
-    grads_like,
-    linear_inputs,
-    linear_token_logprobs,
-    linear_token_logprobs_ref,
-)
+from vgkern.ops.linear_token_logprobs import linear_token_logprobs_ref, scored
 from vgkern.ops.policy_loss import (
     COUNTS,
     PolicyLoss,
@@ -46,11 +44,19 @@ def linear_policy_loss_ref(
     o: Objective,
     temperature: float = 1.0,
     softcap: float = 0.0,
+    costate: Carried | None = None,
 ) -> tuple[Tensor, Tensor]:
     targets = targets.where(rows[1] != 0, -100)
     lp = linear_token_logprobs_ref(hidden, weight, bias, targets, temperature, softcap)
     a, w, old, ref, sampler = rows
-    return policy_loss_ref(lp.logp, a, w, o, old, ref, sampler, lp.entropy)
+    loss, counts = policy_loss_ref(lp.logp, a, w, o, old, ref, sampler, lp.entropy)
+    if costate is None:
+        return loss, counts
+    h2 = hidden.reshape(-1, hidden.shape[-1])
+    return loss + costate_term_ref(h2, weight, bias, costate, temperature, softcap), counts
+
+
+SPARSE = ("sparse_columns_dh", "sparse_columns_dw", "sparse_error_dh", "sparse_error_dw")
 
 
 class LinearPolicyLossFunction(torch.autograd.Function):
@@ -72,15 +78,17 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         o: Objective,
         scalars: tuple[float, float],
         needs: list[bool],
+        costate: tuple | None = None,  # Carried
     ) -> tuple:
         return operators(backend).linear_policy_loss_fwd(
-            hidden, weight, bias, targets, *rows, *scalars, o.pack(), needs
+            hidden, weight, bias, targets, *rows, *scalars, o.pack(), needs, *(costate or ())
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        backend, hidden, weight, bias, targets, rows, o, scalars, needs = inputs
-        ctx.save_for_backward(hidden, weight, bias, targets, *rows)
+        backend, hidden, weight, bias, targets, rows, o, scalars, needs, costate = inputs
+        ctx.third, carried = ((), ()) if costate is None else (costate[:2], costate[2:])
+        ctx.save_for_backward(hidden, weight, bias, targets, *rows, *carried)
         ctx.options, ctx.made, ctx.ops = (*scalars, o.pack(), needs), output[3:], operators(backend)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else autograd fills zeros [V, H] for the gradients here
@@ -88,17 +96,18 @@ class LinearPolicyLossFunction(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple:
-        tensors = ctx.saved_tensors
+        tensors, carried = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
         grads, ctx.made = ctx.made, None
         if grads is None:
-            grads = ctx.ops.linear_policy_loss_fwd(*tensors, *ctx.options)[3:]
+            third = (*ctx.third, *carried)
+            grads = ctx.ops.linear_policy_loss_fwd(*tensors, *ctx.options, *third)[3:]
         return (
             None,
             *(
                 g.mul_(dloss).to(x.dtype) if n else None
                 for g, x, n in zip(grads, tensors, ctx.needs_input_grad[1:4], strict=False)
             ),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -119,12 +128,16 @@ def linear_policy_loss(
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    costate: Costate | None = None,  # value [B, T, He] or [N, He]
     backend: str | None = None,
 ) -> PolicyLoss:
     """The fused loss: `policy_loss(linear_token_logprobs(...))` in one op, never [N, V].
 
     `hidden` row i predicts `targets` row i (never shifted here). Targets of masked rows may hold
     anything. Gradients flow to hidden, weight and bias, in their dtypes.
+
+    costate: adds to those gradients what `vgkern.Costate` says, times whatever arrives at the loss,
+    whose value it leaves alone; masked rows have none. Same recompute, no further one.
 
     Raises ValueError / TypeError naming the argument, NonFiniteError for NaN logits in an active
     row (on CPU). Everything masked or an empty batch: a zero that is connected to its inputs.
@@ -142,26 +155,29 @@ def linear_policy_loss(
     )  # fmt: skip
     live = rows[1] != 0
     targets = _check.target_range("targets", targets, weight.shape[0], live)
-    chosen = choose(backend, device, hidden.dtype)
+    also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
+    chosen = choose(backend, device, hidden.dtype, *also)
+    carried = None if costate is None else costate.carried(live, weight)
     if chosen == "torch":
-        loss, counts = linear_policy_loss_ref(hidden, weight, bias, targets, rows, o, *scalars)
+        given = (hidden, weight, bias, targets, rows, o, *scalars)
+        loss, counts = linear_policy_loss_ref(*given, *([] if carried is None else [carried]))
     elif o.row_local:
         flat = tuple(None if t is None else t.reshape(-1).contiguous() for t in rows)
         needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
         needs = [n and torch.is_grad_enabled() for n in needs]
         loss, _, counts, *_ = LinearPolicyLossFunction.apply(
-            chosen, h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs
+            chosen, h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs, carried
         )
     else:
-        lp = linear_token_logprobs(
-            hidden, weight, targets.where(live, -100), bias=bias, temperature=temperature,
-            softcap=softcap, backend=chosen
+        y, shape = targets.where(live, -100), targets.shape
+        logp, entropy, term = scored(chosen, hidden, h2, hw, bias, y, (*scalars, -100), carried)
+        _check.no_nan("hidden", logp.detach(), "the log-probability (hidden, weight or bias)")
+        out = policy_loss(
+            logp.view(shape), rows[0], objective=o, old_logp=old_logp, ref_logp=ref_logp,
+            sampler_logp=sampler_logp, entropy=entropy.view(shape), mask=mask,
+            normalizer=normalizer, backend=chosen
         )  # fmt: skip
-        return policy_loss(
-            lp.logp, rows[0], objective=o, old_logp=old_logp, ref_logp=ref_logp,
-            sampler_logp=sampler_logp, entropy=lp.entropy, mask=mask, normalizer=normalizer,
-            backend=chosen
-        )  # fmt: skip
+        return out if carried is None else out._replace(loss=out.loss + term)
     _check.no_nan("hidden", loss.detach().reshape(1), "the loss (hidden, weight or bias)")
     return PolicyLoss(loss, metrics_dict(counts))
 
@@ -187,15 +203,29 @@ def _fake(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
     def f32(*shape):  # type: ignore[no-untyped-def]
         return hidden.new_empty(shape, dtype=torch.float32)
 
-    n, grads = targets.shape[0], grads_like(hidden, weight, bias, rest[-1])
+    needs = next(x for x in reversed(rest) if isinstance(x, (list, tuple)))
+    n, grads = targets.shape[0], grads_like(hidden, weight, bias, needs)
     return f32(), f32(n), f32(len(COUNTS)), *(g.float() for g in grads)
 
 
+def _fake_sparse(*args):  # type: ignore[no-untyped-def]
+    return *_fake(*args), args[0].new_empty(len(SPARSE), dtype=torch.float32)
+
+
+_ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor advantages, "
+    "Tensor row_weight, Tensor? old_logp, Tensor? ref_logp, Tensor? sampler_logp, "
+    "float temperature, float softcap, float[] objective, bool[] needs"
+)
 define(
-    "linear_policy_loss_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    "Tensor advantages, Tensor row_weight, Tensor? old_logp, Tensor? ref_logp, "
-    "Tensor? sampler_logp, float temperature, float softcap, float[] objective, bool[] needs, "
-    "float sparse_tol=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_policy_loss_fwd({_ARGUMENTS}, {COSTATE}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     kernels="linear_policy_loss",
+)
+define(
+    f"linear_policy_loss_sparse_fwd({_ARGUMENTS}, float sparse_tol, {COSTATE}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_sparse,
+    kernels=None,
 )

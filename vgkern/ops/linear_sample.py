@@ -82,10 +82,9 @@ def linear_sample(
         flat = Noise(noise.seed, *rows)
         out = linear_sample_ref(h2, hw, bias, flat, t, _check.softcap(softcap), *cut)
     else:
-        seed = noise.seed - 2**64 if noise.seed >= 2**63 else noise.seed  # int64 on the way down
         out = Sample(
             *operators(chosen).linear_sample_fwd(
-                h2, hw, bias, seed, *rows, t, _check.softcap(softcap), *cut
+                h2, hw, bias, noise.signed_seed, *rows, t, _check.softcap(softcap), *cut
             )
         )
     _check.no_nan("hidden", out.logp, "the log-probability (hidden, weight or bias)")

@@ -13,9 +13,10 @@ from with the same options, kept set S = S(z) a constant (`_truncate`),
 The cpu backend holds one [chunk, V] block of fp32 logits; its backward recomputes the block and
 turns it into dlogits in place. Rows whose dlogp and dentropy are both exactly 0 cost nothing there.
 dW accumulates in fp32 and is not computed when the head is frozen.
+
+With a `Costate` the same recompute carries the third term of the row gradient, `vgkern.Costate`.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from torch import Tensor
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
+from vgkern.ops._linear import grads_like, linear_inputs, linear_logits_ref
 from vgkern.ops._truncate import CUTS, cuts, temperatures, truncated_ref
+from vgkern.ops.costate import COSTATE, Carried, Costate, attached, costate_of, costate_term_ref
 from vgkern.ops.token_logprobs import TokenLogprobs, token_logprobs_ref
 
 
@@ -46,18 +49,11 @@ def linear_token_logprobs_ref(
     return token_logprobs_ref(logits, targets, temperature, softcap, ignore_index)
 
 
-def linear_logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """fp32 logits [..., V] (fp64 for fp64 input), whatever the dtype of the inputs."""
-    up = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    device = hidden.device.type
-    known = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
-        logits = hidden.to(up) @ weight.to(up).T
-    return logits if bias is None else logits + bias.to(up)
-
-
 class LinearTokenLogprobsFunction(torch.autograd.Function):
-    """`vgkern::linear_logprobs_fwd` / `_bwd` under autograd. Once differentiable."""
+    """`vgkern::linear_logprobs_fwd` / `_bwd` under autograd. Once differentiable.
+
+    The last output is a zero whose gradient multiplies the costate's term.
+    """
 
     @staticmethod
     def forward(
@@ -67,24 +63,32 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [N] int64
         scalars: tuple,
+        costate: tuple | None = None,  # Carried
     ) -> tuple:
-        return operators(backend).linear_logprobs_fwd(hidden, weight, bias, targets, *scalars)
+        out = operators(backend).linear_logprobs_fwd(hidden, weight, bias, targets, *scalars)
+        return *out, hidden.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        backend, *head, ctx.scalars = inputs
-        ctx.save_for_backward(*head, *output)
+        backend, *head, ctx.scalars, costate = inputs
+        ctx.third, rows = ((), ()) if costate is None else (costate[:2], costate[2:])
+        ctx.save_for_backward(*head, *output[:3], *rows)
         ctx.mark_non_differentiable(output[2])
         ctx.ops = operators(backend)
 
     @staticmethod
     @once
-    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor, _: Tensor) -> tuple:
+    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor, _: Tensor, dterm: Tensor) -> tuple:
         needs = list(ctx.needs_input_grad[1:4])
+        tensors, third = ctx.saved_tensors[:7], ()
+        if len(ctx.saved_tensors) > 7:
+            *rows, scale = ctx.saved_tensors[7:]
+            third = (False, *ctx.third, *rows, scale * dterm)
         grads = ctx.ops.linear_logprobs_bwd(
-            *ctx.saved_tensors, dlogp.contiguous(), dentropy.contiguous(), *ctx.scalars, needs
+            *tensors, dlogp.contiguous(), dentropy.contiguous(), *ctx.scalars, needs, *third
         )
-        return (None, *(g if n else None for g, n in zip(grads, needs, strict=True)), None, None)
+        grads = (g if n else None for g, n in zip(grads, needs, strict=True))
+        return (None, *grads, None, None, None)
 
 
 class LinearTruncatedLogprobsFunction(torch.autograd.Function):
@@ -134,6 +138,7 @@ def linear_token_logprobs(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    costate: Costate | None = None,  # value [..., He]
     group: Any = None,  # vocab-parallel
     backend: str | None = None,
 ) -> TokenLogprobs:
@@ -144,7 +149,11 @@ def linear_token_logprobs(
 
     Raises ValueError / TypeError naming the argument for a wrong shape, dtype, device, bound or
     target, NonFiniteError for NaN logits (on CPU), NotImplementedError for a truncation or a
-    temperature per row together with `group`.
+    temperature per row together with `group`, or for a costate together with any of them.
+
+    costate: adds to the gradients of hidden, weight and bias what `vgkern.Costate` says, once per
+    backward pass and whatever arrives from above: a loss that is scaled needs costate.weight
+    scaled likewise. Rows at `ignore_index` have none.
 
     group: a torch.distributed process group whose ranks hold the head in contiguous shards, in rank
     order: weight is [V_r, H], targets are global ids, hidden and targets the same on all ranks
@@ -156,10 +165,16 @@ def linear_token_logprobs(
     _check.same_device(hidden=hidden, targets=targets)
     cap, live, vocab = _check.softcap(softcap), targets != ignore_index, weight.shape[0]
     cut = cuts(top_k, top_p, min_p, vocab)
-    chosen = choose(backend, device, hidden.dtype)
+    also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
+    chosen = choose(backend, device, hidden.dtype, *also)
     names = [n for n, x in zip(CUTS, (top_k, top_p, min_p), strict=True) if x is not None]
     if isinstance(temperature, Tensor):
         names.append("temperature")
+    if costate is not None and (names or group is not None):
+        what = f"a {names[0]} per row" if names[:1] == ["temperature"] else (*names, "group")[0]
+        raise NotImplementedError(
+            f"costate: not with {what}; pass costate=None, or noisy_embedding"
+        )
     if group is not None:
         from vgkern.ops import _vocab_parallel as parallel
 
@@ -186,47 +201,36 @@ def linear_token_logprobs(
     else:
         scalars = (_check.positive("temperature", temperature), cap, ignore_index)
         targets = _check.target_range("targets", targets, vocab, live)
-        if chosen == "torch":
-            out = linear_token_logprobs_ref(hidden, weight, bias, targets, *scalars)
-        else:
-            flat = targets.reshape(-1)
-            out = LinearTokenLogprobsFunction.apply(chosen, h2, hw, bias, flat, scalars)
+        carried = None if costate is None else costate.carried(live, weight)
+        out = scored(chosen, hidden, h2, hw, bias, targets, scalars, carried)
+        if carried is not None:
+            out = attached(*out)
     out = TokenLogprobs(out[0].view(shape), out[1].view(shape))
     _check.no_nan("hidden", out.logp.detach(), "the log-probability (hidden, weight or bias)")
     return out
 
 
-def linear_inputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[torch.device, Tensor, Tensor]:
-    """Checks of every linear_* op: device, hidden as [N, H] and weight with unit-stride columns."""
-    hidden, weight = _check.floating("hidden", hidden), _check.floating("weight", weight, 2)
-    if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or weight.numel() == 0:
-        got = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}"
-        raise _check.fail("hidden, weight", got, "[..., H] and [V, H] with H, V >= 1")
-    if hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"weight: got {_check.describe(weight)}; allowed: {hidden.dtype}, as hidden"
-        )
-    if bias is not None:
-        bias = _check.floating("bias", bias)
-        _check.rows_like("bias", bias, weight.shape[:1], f"[V] = [{weight.shape[0]}]")
-        if bias.dtype not in (hidden.dtype, torch.float32):
-            allowed = f"{hidden.dtype} or float32"
-            raise TypeError(f"bias: got {_check.describe(bias)}; allowed: {allowed}")
-    device = _check.same_device(hidden=hidden, weight=weight, bias=bias)
-    h2 = hidden.reshape(-1, hidden.shape[-1])
-    h2 = h2 if h2.stride(-1) == 1 and h2.stride(0) >= h2.shape[1] else h2.contiguous()
-    hw = weight if weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] else None
-    return device, h2, weight.contiguous() if hw is None else hw
-
-
-def grads_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple:
-    """Fake gradients: full shapes where needed, [0] where not (operators cannot return None)."""
-    return tuple(
-        t.new_empty(t.shape) if n and t is not None else hidden.new_empty(0)
-        for t, n in zip((hidden, weight, bias), needs, strict=True)
+def scored(
+    backend: str,
+    hidden: Tensor,  # [..., H]
+    h2: Tensor,  # [N, H]
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,  # [...]
+    scalars: tuple[float, float, int],
+    costate: Carried | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp, entropy, and a zero whose gradient multiplies the costate's term."""
+    if backend == "torch":
+        out = linear_token_logprobs_ref(hidden, weight, bias, targets, *scalars)
+        if costate is None:
+            return *out, out.logp.new_zeros(())
+        return *out, costate_term_ref(h2, weight, bias, costate, *scalars[:2])
+    flat = targets.reshape(-1)
+    logp, entropy, _, term = LinearTokenLogprobsFunction.apply(
+        backend, h2, weight, bias, flat, scalars, costate
     )
+    return logp, entropy, term
 
 
 def _fake_fwd(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
@@ -234,7 +238,8 @@ def _fake_fwd(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-
 
 
 def _fake_bwd(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
-    fp32_dhidden, needs = (rest[-1], rest[-2]) if isinstance(rest[-1], bool) else (False, rest[-1])
+    at = next(i for i, x in enumerate(rest) if isinstance(x, (list, tuple)))
+    needs, fp32_dhidden = rest[at], any(rest[at + 1 : at + 2])
     dhidden, *others = grads_like(hidden, weight, bias, needs)
     return (dhidden.float() if fp32_dhidden else dhidden, *others)
 
@@ -248,7 +253,7 @@ define(
 )
 define(
     f"linear_logprobs_bwd({_HEAD}, Tensor logp, Tensor entropy, Tensor lse, Tensor dlogp, "
-    f"Tensor dentropy, {_SCALARS}, bool[] needs, bool fp32_dhidden=False) "
+    f"Tensor dentropy, {_SCALARS}, bool[] needs, bool fp32_dhidden=False, {COSTATE}) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_bwd,
     kernels="linear_token_logprobs",

@@ -60,6 +60,11 @@ class Noise:
                     allowed = f"0 <= {name}" + (" < 2**32" if top else "")
                     raise _check.fail(f"noise.{name}", f"values {low} to {high}", allowed)
 
+    @property
+    def signed_seed(self) -> int:
+        """The seed's bits as an int64, which is all that an operator's schema can take."""
+        return self.seed - 2**64 if self.seed >= 2**63 else self.seed
+
     def rows(self, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """(sequence, position), each int64 [N], broadcast to rows of `shape` and flattened."""
         try:

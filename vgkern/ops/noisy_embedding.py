@@ -22,7 +22,7 @@ from torch import Tensor
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
-from vgkern.ops.linear_token_logprobs import linear_inputs, linear_logits_ref
+from vgkern.ops._linear import linear_inputs, linear_logits_ref
 from vgkern.ops.noise import Noise
 
 RELAXATIONS = ("gumbel", "expected")
@@ -175,31 +175,41 @@ def noisy_embedding(
     tokens = _check.targets("tokens", tokens, shape)
     _check.on_device(device, "hidden", embedding=embedding, tokens=tokens)
     _check.target_range("tokens", tokens, weight.shape[0], None)
-    if relaxation not in RELAXATIONS:
-        raise _check.fail("relaxation", relaxation, " or ".join(map(repr, RELAXATIONS)))
-    expected = relaxation == "expected"
-    scalars = (_check.positive("tau", tau), _check.positive("temperature", temperature))
-    if expected and tau != 1:
-        raise _check.fail("tau", tau, "1.0 with relaxation 'expected', which has no noise to relax")
-    if not isinstance(noise, Noise) and not (expected and noise is None):
-        why = "a vgkern.Noise" + (", or None" if expected else "; None only with 'expected'")
-        raise TypeError(f"noise: got {_check.describe(noise)}; allowed: {why}")
+    tau, noise = relaxed("", relaxation, tau, noise)
+    scalars = (tau, _check.positive("temperature", temperature))
+    expected = noise is None
     y = tokens.reshape(-1).contiguous()
-    rows = (y, y) if noise is None or expected else noise.rows(shape, device)  # (y, y): not read
-    seed = 0 if noise is None else noise.seed
+    rows = (y, y) if noise is None else noise.rows(shape, device)  # (y, y): not read
     chosen = choose(backend, device, hidden.dtype, embedding.dtype)
     cap = _check.softcap(softcap)
     if chosen == "torch":
-        drawn = None if expected else Noise(seed, *rows)
+        drawn = None if noise is None else Noise(noise.seed, *rows)
         out = noisy_embedding_ref(h2, hw, bias, embedding, y, drawn, *scalars, cap)
     else:
-        signed = seed - 2**64 if seed >= 2**63 else seed  # int64 on the way down
+        seed = 0 if noise is None else noise.signed_seed
         e = embedding
         e = e if e.stride(1) == 1 and e.stride(0) >= e.shape[1] else e.contiguous()
         out = NoisyEmbeddingFunction.apply(
-            chosen, h2, hw, bias, e, y, (signed, *rows), (*scalars, cap, expected)
+            chosen, h2, hw, bias, e, y, (seed, *rows), (*scalars, cap, expected)
         )
     return out.view(*shape, embedding.shape[1])
+
+
+def relaxed(
+    of: str, relaxation: str, tau: float, noise: Noise | None
+) -> tuple[float, Noise | None]:
+    """Checked (tau, noise); no noise means "expected". `of` comes before the arguments' names."""
+    if relaxation not in RELAXATIONS:
+        raise _check.fail(f"{of}relaxation", relaxation, " or ".join(map(repr, RELAXATIONS)))
+    expected = relaxation == "expected"
+    tau = _check.positive(f"{of}tau", tau)
+    if expected and tau != 1:
+        why = "1.0 with relaxation 'expected', which has no noise to relax"
+        raise _check.fail(f"{of}tau", tau, why)
+    if not isinstance(noise, Noise) and not (expected and noise is None):
+        why = "a vgkern.Noise" + (", or None" if expected else "; None only with 'expected'")
+        raise TypeError(f"{of}noise: got {_check.describe(noise)}; allowed: {why}")
+    return tau, None if expected else noise
 
 
 def _fake(hidden, weight, bias, embedding, *rest):  # type: ignore[no-untyped-def]

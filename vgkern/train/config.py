@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vgkern.ops.linear_divergence import KINDS
+
 from .errors import ConfigError
 
 
@@ -54,7 +56,18 @@ class Config:
     objective: str = _option("grpo", "preset of vgkern.objectives")
     clip_low: float = _option(0.0, "ratio clipped below 1 - clip_low; 0: as the objective", 0, 1)
     clip_high: float = _option(0.0, "ratio clipped above 1 + clip_high; 0: as the objective", 0)
+    reward_coef: float = _option(1.0, "weight of the task's reward; 0: only what follows", 0)
     beta: float = _option(0.0, "weight of the KL to the starting policy", 0)
+    entropy_coef: float = _option(0.0, "weight of the entropy, which is maximised", 0)
+    teacher: str = _option("", "frozen model to distil from: checkpoint folder or name")
+    distill_coef: float = _option(1.0, "weight of the divergence from the teacher", 0)
+    distill_kind: str = _option("reverse_kl", "that divergence", choices=KINDS)
+    kl_estimator: str = _option(
+        "analytic", "KL, entropy and distillation: over the vocabulary, or of the sampled token",
+        choices=("analytic", "sampled"),
+    )  # fmt: skip
+    future: float = _option(1.0, "weight of what a token does to their later values", 0)
+    discount: float = _option(1.0, "discount of those later values, per token", 0, 1)
     lr: float = _option(1e-4, "learning rate", 0)
     lr_warmup: int = _option(10, "steps of linear warm-up", 0)
     lr_final: float = _option(1.0, "the last step's learning rate, as a share of lr", 0, 1)
@@ -62,6 +75,7 @@ class Config:
     grad_clip: float = _option(1.0, "largest gradient norm", 0)
     updates_per_batch: int = _option(1, "optimizer steps on each batch of samples", 1)
     micro_prompts: int = _option(0, "prompts per backward pass; 0: all at once", 0)
+    replay_every: int = _option(1, "steps between replays of the sampler's noise; 0: never", 0)
     shuffle_rewards: bool = _option(False, "control: rewards dealt to random samples")
 
     eval_every: int = _option(10, "steps between evaluations", 1)
@@ -74,6 +88,15 @@ class Config:
             _check(spec, getattr(self, spec.name))
         if not isinstance(self.options, dict):
             raise ConfigError(f"task_options: got {self.task_options!r}; allowed: a JSON object")
+        if self.teacher and not self.distill_coef:
+            raise ConfigError("distill_coef: got 0.0; allowed: > 0 with a teacher, or no teacher")
+        if not (self.reward_coef or self.beta or self.entropy_coef or self.teacher):
+            raise ConfigError("reward_coef: got 0.0; allowed: > 0, or a teacher to distil from")
+        if self.kl_estimator == "sampled" and self.distill_kind != "reverse_kl":
+            raise ConfigError(
+                f"distill_kind: got {self.distill_kind!r}; allowed: 'reverse_kl' with kl_estimator "
+                f"'sampled': the student's own tokens are samples of no other"
+            )
 
     @property
     def warming(self) -> bool:
@@ -103,6 +126,9 @@ def _check(spec: dataclasses.Field[Any], value: Any) -> None:
     kind = type(spec.default)
     if type(value) is not kind:
         raise ConfigError(f"{spec.name}: got {value!r}; allowed: {kind.__name__}")
+    choices = spec.metadata.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(f"{spec.name}: got {value!r}; allowed: {', '.join(map(repr, choices))}")
     if kind in (int, float):
         low, high = spec.metadata["low"], spec.metadata["high"]
         above = low is None or value >= low

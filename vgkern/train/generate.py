@@ -24,13 +24,16 @@ class Rollout(NamedTuple):
     logp: Tensor  # [R, w] fp32, 0 past a row's length
     lengths: Tensor  # [R] int64, end of sequence included
     finished: Tensor  # [R] bool: ended by itself, not cut off
+    sequence: Tensor | None = None  # [R] int64: with the run's seed, where the noise is
 
     @property
     def mask(self) -> Tensor:  # [R, w] bool
         return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
     def select(self, rows: Tensor) -> Rollout:
-        return Rollout(*(field[rows] for field in self))
+        sequence = None if self.sequence is None else self.sequence[rows]
+        tokens, logp, lengths, finished = (field[rows] for field in self[:4])
+        return Rollout(tokens, logp, lengths, finished, sequence)
 
 
 def generate(
@@ -75,7 +78,7 @@ def generate(
                 policy.keep(state, going)
             hidden = policy.decode(state, token)
     width = int(lengths.max())
-    return Rollout(tokens[:, :width], logp[:, :width], lengths, finished)
+    return Rollout(tokens[:, :width], logp[:, :width], lengths, finished, sequence)
 
 
 def decode(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:

@@ -156,6 +156,15 @@ class HFPolicy(torch.nn.Module):
             self.output.weight, self.blocked if own is None else self.blocked + own, self.softcap
         )
 
+    @property
+    def embedding(self) -> torch.nn.Module:
+        return self.model.get_input_embeddings()
+
+    def from_embeddings(self, inputs_embeds: Tensor) -> Tensor:  # [B, L, He] -> [B, L, H]
+        """Hidden states over given input embeddings: B rows, causal, nothing shared."""
+        out = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False)
+        return out.last_hidden_state
+
     def _body(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         if self.window is not None and int(positions.max()) >= self.window:
             raise ValueError(

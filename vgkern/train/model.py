@@ -129,10 +129,37 @@ class Decoder(nn.Module):
             group = 1
         self.check(prompts, completions.shape[1])
         nodes, where = tree_nodes(prompts, completions.numpy(), group, lengths.numpy())
-        return self.forward(nodes).index_select(0, where.reshape(-1)).view(*where.shape, -1)
+        return self(nodes).index_select(0, where.reshape(-1)).view(*where.shape, -1)
+
+    def probe_points(self) -> list[nn.Module]:
+        """Whose outputs have the residual stream's gradient: a layer adds `down`'s last."""
+        return [self.embedding, *(layer.down for layer in self.layers)]
+
+    def probe_place(self, nodes: Nodes) -> tuple[tuple[int, int], Tensor]:
+        """[P, N], and the slot of each row in it; unshared texts are chains: [R, T]."""
+        return (len(nodes.mask), nodes.mask.shape[-1]), nodes.slot
 
     def forward(self, nodes: Nodes) -> Tensor:  # [M - keys_only, D]
-        x = self.embedding(nodes.token)
+        return self.body(self.embedding(nodes.token), nodes)
+
+    def from_embeddings(self, inputs_embeds: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
+        """Hidden states over given input embeddings: B rows, causal, in full, nothing shared."""
+        b, length, width = inputs_embeds.shape
+        if length > self.shape.context:
+            raise ValueError(f"a text of {length} tokens exceeds context={self.shape.context}")
+        every, place = torch.arange(b * length), torch.arange(length)
+        blocked = torch.full((length, length), -torch.inf, dtype=inputs_embeds.dtype).triu(1)
+        nodes = Nodes(
+            token=every,
+            position=place.repeat(b),
+            slot=every,
+            row=every,
+            mask=blocked.expand(b, 1, length, length),
+            keys_only=0,
+        )
+        return self.body(inputs_embeds.reshape(-1, width), nodes).view(b, length, width)
+
+    def body(self, x: Tensor, nodes: Nodes) -> Tensor:  # [M, D] -> [M - keys_only, D]
         angle = self.angle[nodes.position]
         slot = nodes.slot
         for index, layer in enumerate(self.layers):

@@ -46,6 +46,12 @@ def learned(log: Log, config: Config) -> list[str]:
     for name, what in (("sampled", "one sample"), ("greedy", "greedy")):
         change = 100 * (last[name] - first[name])
         lines.append(f"  {what:<11} {first[name]:.3f} -> {last[name]:.3f}  ({change:+.1f} points)")
+    if config.teacher:
+        steps = log.of("step")
+        text = f"  distilled from {config.teacher}"
+        if steps:
+            text += f": {steps[0]['distill']:.3f} -> {steps[-1]['distill']:.3f} nats per token"
+        lines.append(text + ("" if config.reward_coef else "; no task reward"))
     if config.shuffle_rewards:
         lines.append("  control run: rewards were dealt to random samples")
     for end in log.of("warm_end"):
@@ -75,6 +81,13 @@ def speed(trainer: Trainer) -> list[str]:
         f"{len(steps)} steps in {seconds:.1f} s, {rate:,.0f} sampled tokens/s",
         f"  median step {statistics.median(total):.0f} ms: {split}",
         f"  largest sampler/trainer gap {gap}, {trainer.skipped} steps skipped",
+        *(
+            []
+            if trainer.replay is None
+            else [
+                f"  replayed noise: {trainer.replay:.2%} of the tokens chosen again, at the least"
+            ]
+        ),
         f"  warm start, RL and evaluations {trainer.log.records[-1]['time']:.0f} s",
     ]
 

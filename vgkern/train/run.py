@@ -116,6 +116,7 @@ def warm_up(trainer: Trainer, stream: Stream, validation: list[Entry]) -> None:
         target=config.warm_target, wrong=config.warm_wrong, steps=config.warm_steps,
         batch=config.warm_batch, lr=config.warm_lr, seed=config.seed, report=report,
     )  # fmt: skip
+    trainer.parts.hold()  # a KL is to the policy that RL starts from
     seconds = time.perf_counter() - start
     log.record("warm_end", step=steps, pass_1=reached, seconds=seconds)
 

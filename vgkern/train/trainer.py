@@ -5,28 +5,26 @@
     compare within each group                 vgkern.group_advantages
     drop groups whose samples all agree       their gradient is exactly zero
     hidden states of what was sampled         policy.hidden: each prefix forwarded once
-    loss and its gradient, never [N, V]       vgkern.linear_policy_loss
+    loss and its gradient, never [N, V]       vgkern.linear_policy_loss (`update.py`)
     clip, step                                AdamW
 
 A step that is not finite never reaches the weights. Sampler and trainer must agree on the log-prob
-of every token (`sampler_gap`): disagreement is how masking, cache and position bugs show.
+of every token (`sampler_gap`) and, given the noise it was drawn with, on the token (`replay`):
+disagreement is how masking, cache and position bugs show.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import vgkern
-from vgkern import objectives
 
 from .config import Config
 from .errors import TrainingError
@@ -34,31 +32,15 @@ from .generate import Rollout, decode, generate, score
 from .log import Log
 from .policy import Policy, Tokenizer
 from .tasks import Entry, Stream, Task
+from .teacher import load_teacher
+from .update import Batch, Update, make_objective, merge
 
 GAP_WARN, GAP_ERROR = 1e-4, 1e-2  # sampler against trainer, nats, fp32
+REPLAY_WARN = 0.999  # below this share of tokens chosen again: fp32 rounding flips one in 1e5
 LAST = ("clip_low", "clip_high", "dual_clip", "ratio_mean", "ratio_min", "ratio_max", "kl",
-        "grad_norm")  # fmt: skip
+        "distill", "grad_norm")  # fmt: skip
 SKIPS = 5  # consecutive non-finite steps before the run is given up
 EVAL_KEY = 1 << 32  # added to the seed: evaluation draws its own noise
-
-
-@dataclass
-class Batch:
-    """What one step learns from: the groups that carry a gradient."""
-
-    prompts: list[list[int]]  # K groups
-    rollout: Rollout  # K*G rows
-    advantages: Tensor  # [K*G]
-    normalizer: float  # over the whole batch, dropped groups included
-
-
-def make_objective(config: Config) -> vgkern.Objective:
-    knobs: dict[str, Any] = {"beta": config.beta}
-    if config.clip_low:
-        knobs["clip_low"] = config.clip_low
-    if config.clip_high:
-        knobs["clip_high"] = config.clip_high
-    return objectives.resolve(config.objective).replace(**knobs)
 
 
 class Trainer:
@@ -78,7 +60,8 @@ class Trainer:
         self.stream, self.held_out = stream, held_out
         self.task: Task = stream.task
         self.objective = make_objective(config)
-        self.reference = copy.deepcopy(policy) if config.beta else None
+        teacher = load_teacher(config, policy, tokenizer)
+        self.parts = Update(config, policy, teacher, self.objective)
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), config.lr, betas=(0.9, 0.95),
             weight_decay=config.weight_decay, fused=True,
@@ -86,6 +69,7 @@ class Trainer:
         self.shuffle = random.Random(f"shuffled rewards/{config.seed}")
         self.skipped = self.skipped_in_a_row = 0
         self.gap: float | None = None  # the largest of the run; None: nothing compared yet
+        self.replay: float | None = None  # the smallest of the run, likewise
 
     def step(self, index: int) -> dict[str, Any]:
         """Sample, score, update; returns the step's metrics."""
@@ -98,7 +82,8 @@ class Trainer:
         rewards = self.score(entries, rollout)
         batch = self.batch(prompts, rollout, rewards)
         t2 = time.perf_counter()
-        skipped = self.skipped
+        skipped, every = self.skipped, self.config.replay_every
+        self.parts.replay = bool(every) and (index - 1) % every == 0
         metrics = self.update(batch) if batch.prompts else {"loss": 0.0, "grad_norm": 0.0}
         if self.skipped == skipped:
             self.skipped_in_a_row = 0
@@ -148,8 +133,9 @@ class Trainer:
         count, group = len(prompts), self.config.group
         ids = torch.arange(count).repeat_interleave(group)
         advantages = vgkern.group_advantages(rewards, ids, estimator=self.objective.advantage)
+        advantages = self.config.reward_coef * advantages
         kept = (advantages.view(count, group) != 0).any(1)
-        if self.objective.beta or self.objective.entropy_coef:
+        if self.parts.everywhere:
             kept = torch.ones_like(kept)
         rows = kept.repeat_interleave(group).nonzero()[:, 0]
         return Batch(
@@ -187,6 +173,7 @@ class Trainer:
                 first = dict(metrics)
             if not self.allowed(finite):
                 break
+            self.check_replay(first.get("replay"))
             self.check_gap(first["sampler_gap"])
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -198,14 +185,15 @@ class Trainer:
         parts = []
         try:
             for prompts, rollout, advantages in self.micro_batches(batch):
+                share = len(prompts) / len(batch.prompts)
                 part = (prompts, rollout, advantages, batch.normalizer)
-                loss, metrics = self.loss(*part, first_pass)
+                loss, metrics = self.parts.loss(*part, first_pass, share)
                 loss.backward()
                 metrics = {"loss": loss.detach(), **metrics}
                 parts.append({name: float(value) for name, value in metrics.items()})
         except vgkern.NonFiniteError:
             return {"loss": float("nan"), "sampler_gap": float("nan")}
-        return _merge(parts)
+        return merge(parts, self.parts.analytic)
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[list[list[int]], Rollout, Tensor]]:
         size, group = self.config.micro_prompts or len(batch.prompts), self.config.group
@@ -213,35 +201,6 @@ class Trainer:
             prompts = batch.prompts[start : start + size]
             rows = torch.arange(start * group, (start + len(prompts)) * group)
             yield prompts, batch.rollout.select(rows), batch.advantages[rows]
-
-    def loss(
-        self,
-        prompts: list[list[int]],
-        rollout: Rollout,
-        advantages: Tensor,
-        normalizer: float,
-        first_pass: bool,
-    ) -> vgkern.PolicyLoss:
-        """The first pass is on-policy: its ratio is exactly 1, and it checks the sampler."""
-        config, head = self.config, self.policy.head()
-        where = (prompts, rollout.tokens, config.group, rollout.lengths)
-        return vgkern.linear_policy_loss(
-            self.policy.hidden(*where), head.weight, rollout.tokens, advantages,
-            objective=self.objective, bias=head.bias, temperature=config.temperature,
-            softcap=head.softcap, old_logp=None if first_pass else rollout.logp,
-            ref_logp=self.reference_logp(where), sampler_logp=rollout.logp if first_pass else None,
-            mask=rollout.mask, normalizer=normalizer,
-        )  # fmt: skip
-
-    def reference_logp(self, where: tuple[Any, ...]) -> Tensor | None:
-        if self.reference is None:
-            return None
-        head = self.reference.head()
-        with torch.no_grad():
-            return vgkern.linear_token_logprobs(
-                self.reference.hidden(*where), head.weight, where[1], bias=head.bias,
-                temperature=self.config.temperature, softcap=head.softcap,
-            ).logp  # fmt: skip
 
     def allowed(self, finite: bool) -> bool:
         """May this gradient reach the weights? Gives up after `SKIPS` in a row that may not."""
@@ -267,6 +226,17 @@ class Trainer:
             self.log.line(f"warning: sampler and trainer disagree by {gap:.2e} (above {GAP_WARN})")
         self.gap = max(self.gap or 0.0, gap)
 
+    def check_replay(self, replay: float | None) -> None:
+        if replay is None:
+            return
+        if replay < REPLAY_WARN <= (1.0 if self.replay is None else self.replay):
+            self.log.line(
+                f"warning: {replay:.2%} of the sampled tokens are chosen again by their own noise "
+                f"(below {REPLAY_WARN:.1%}): the sampler has other weights, another temperature, "
+                f"truncation or precision than the trainer"
+            )
+        self.replay = min(1.0 if self.replay is None else self.replay, replay)
+
     def evaluate(self, entries: list[Entry], temperature: float) -> tuple[float, list[str]]:
         """Mean score of one completion per entry, and the completions. 0 is greedy.
 
@@ -280,21 +250,3 @@ class Trainer:
         texts = decode(rollout, self.tokenizer)
         rewards = score(self.task, texts, entries, rollout)
         return sum(rewards) / len(rewards), texts
-
-
-def _merge(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of micro-batches as one: sums, extremes, and means over active tokens."""
-    active = sum(part["active"] for part in parts)
-    merged = {}
-    for name in parts[0]:
-        values = [part[name] for part in parts]
-        if name in ("loss", "tokens", "active", "clamped"):
-            merged[name] = sum(values)
-        elif name in ("sampler_gap", "ratio_max"):
-            merged[name] = max(values)
-        elif name == "ratio_min":
-            merged[name] = min(values)
-        else:
-            weighted = zip(values, parts, strict=True)
-            merged[name] = sum(v * part["active"] for v, part in weighted) / max(1.0, active)
-    return merged

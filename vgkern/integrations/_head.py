@@ -1,0 +1,144 @@
+"""The head of a Hugging Face causal LM as the fused ops take it.
+
+z = cap * tanh(s (h W^T + b) / cap) / temperature                     models with a scale s
+  = (cap/s) * tanh((h W^T + b) / (cap/s)) / (temperature/s)           what the ops compute
+"""
+
+import contextlib
+import functools
+import types
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vgkern.integrations._patch import IntegrationError, version
+from vgkern.ops.linear_token_logprobs import linear_token_logprobs
+
+
+class Head(NamedTuple):
+    """Everything between the last hidden state and the logits, in one compute dtype."""
+
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    temperature: float
+    softcap: float | None
+
+
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Head:
+    """Casts to the dtype that autocast asks for, else to that of `hidden`; folds the scale away.
+
+    Raises NotImplementedError for a weight that DeepSpeed ZeRO-3 has partitioned (its backward
+    pass would find an empty tensor), ValueError for a scale that is not positive.
+    """
+    if hasattr(weight, "ds_id"):
+        raise NotImplementedError(
+            "weight: got a parameter partitioned by DeepSpeed ZeRO-3; allowed: a plain tensor. "
+            "Use ZeRO-2 or FSDP, or do without this drop-in"
+        )
+    if not scale > 0:
+        raise ValueError(f"logit_scale: got {scale!r}; allowed: a number > 0")
+    device = hidden.device.type
+    dtype = hidden.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return Head(
+        hidden.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        temperature / scale,
+        None if softcap is None else softcap / scale,
+    )
+
+
+def scaling(config: Any) -> tuple[float | None, float]:
+    """(soft-cap, scale) of the logits of a model, from its text config."""
+    text = config.get_text_config()
+    softcap = getattr(text, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(text, name, None) is not None:
+            return softcap, getattr(text, name)
+    by = getattr(text, "logits_scaling", None)
+    if by is None:
+        return softcap, 1.0
+    return softcap, by if text.model_type == "hyperclovax" else 1 / by
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def add_head(model: Any, keyword: str) -> None:
+    """Gives `model.forward` one more keyword: a function of (hidden, weight, bias).
+
+    With it the backbone runs and the function's result is returned; no logits are made. The call
+    still enters by `model(...)`, so the hooks of DDP, FSDP and PEFT run as for any forward pass.
+    """
+    check(model)
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        function = kwargs.pop(keyword, None)
+        if function is None:
+            return original(*args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        lm_head = self.get_output_embeddings()
+        weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+        if hasattr(weight, "full_tensor"):  # FSDP2
+            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        return function(hidden.to(weight.device), weight, bias)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def check(model: Any, tolerance: float = 1e-3) -> None:
+    """Raises IntegrationError unless backbone and head alone give this model's own logits.
+
+    Three tokens are forwarded, in fp32 where the model is: a model that does anything else to its
+    hidden states or logits (adapters on the head, a scale of a new name) shows here.
+    """
+    name = f"transformers {version('transformers')}: {type(model).__name__}"
+    lm_head = model.get_output_embeddings()
+    if lm_head is None or getattr(model, "base_model", model) is model:
+        raise IntegrationError(f"{name} has no backbone with an output embedding on top")
+    ids = torch.tensor([[1, 2, 0]], device=next(model.parameters()).device)
+    ids = ids % lm_head.weight.shape[0]
+    softcap, scale = scaling(model.config)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = model(input_ids=ids, use_cache=False).logits
+            given = head(
+                hidden, lm_head.weight, getattr(lm_head, "bias", None), 1.0, softcap, scale
+            )
+            ours = linear_token_logprobs(given.hidden, given.weight, ids, **options(given)).logp
+    finally:
+        model.train(training)
+    stock = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    rounding = 8 * torch.finfo(logits.dtype).eps * float(logits.detach().abs().max())
+    gap = float((ours - stock).abs().max())
+    if not gap <= tolerance + rounding:
+        raise IntegrationError(
+            f"{name}: backbone and output embedding alone do not give the model's log-probs "
+            f"(largest difference over 3 tokens: {gap:.2g} nats, allowed {tolerance + rounding:.2g}"
+            "), so a fused head would train another model. Adapters on the head, or a scaling of "
+            "the logits that is unknown here? Leave the head out of this drop-in"
+        )
+
+
+def options(given: Head) -> dict[str, Any]:
+    """The keywords of the linear ops."""
+    return {"bias": given.bias, "temperature": given.temperature, "softcap": given.softcap}

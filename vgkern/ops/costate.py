@@ -1,0 +1,167 @@
+"""A costate that arrives through each sampled token: the third term of the row gradient (ours).
+
+    z = s(hidden weight^T + bias) / temperature,   u_i = E lambda_i
+    q_i = softmax((z_i + g_i) / tau), g the replayed noise;   relaxation "expected": softmax(z_i)
+    dz_i += scale (1 / tau) q_i (u_i - <q_i, u_i>)
+
+It is what `noisy_embedding` carries back, added to the gradient that the loss makes of the same
+row: one recompute of the logits for the policy, entropy and costate terms together.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vgkern.ops import _check
+from vgkern.ops.noise import Noise
+from vgkern.ops.noisy_embedding import noisy_embedding_ref, relaxed
+
+
+@dataclass(frozen=True)
+class Costate:
+    """lambda, the costate at the *next* input of each row, for `linear_policy_loss` and
+    `linear_token_logprobs`.
+
+    The loss keeps its value; the gradients of hidden, weight and bias become those of
+
+        loss + weight * (noisy_embedding(hidden, weight, embedding.detach(), targets, noise, ...)
+                         * value).sum()
+
+    with the bias, temperature and soft-cap of the op. Neither value nor embedding gets a gradient.
+
+    Args:
+        value: lambda [..., He], the op's rows and the width of the embedding; floating point. A
+            row that is exactly 0, masked or ignored costs nothing; a masked one may hold NaN.
+            Of the *differentiable* part of an objective only: the score term `A log pi` has the
+            effect of the sampled token already.
+        embedding: the input table [V, He], of the head's vocabulary; may be the head itself.
+        noise: what `linear_sample` drew the targets with; None for "expected".
+        relaxation: "gumbel" or "expected", as in `noisy_embedding`.
+        tau: > 0, the temperature of the relaxation; 1 for "expected".
+        weight: a finite factor of the term.
+
+    Raises ValueError or TypeError that names the field; the op checks the shapes.
+    """
+
+    value: Tensor
+    embedding: Tensor
+    noise: Noise | None = None
+    relaxation: str = "expected"
+    tau: float = 1.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check.floating("costate.value", self.value)
+        _check.floating("costate.embedding", self.embedding, 2)
+        relaxed("costate.", self.relaxation, self.tau, self.noise)
+        _check.finite("costate.weight", self.weight)
+
+    def carried(self, live: Tensor, weight: Tensor) -> "Carried | None":
+        """What the operators take, for rows like `live` [...] of a head [V, H]; None if 0."""
+        table, (vocab, _) = self.embedding.detach(), weight.shape
+        if table.shape[0] != vocab or table.shape[1] == 0:
+            allowed = f"[V, He] with the vocabulary of the head, V = {vocab}, and He >= 1"
+            raise _check.fail("costate.embedding", table, allowed)
+        width = table.shape[1]
+        _check.rows_like("costate.value", self.value, torch.Size((*live.shape, width)))
+        names = {"costate.value": self.value, "costate.embedding": table}
+        _check.on_device(weight.device, "weight", **names)
+        tau, noise = relaxed("costate.", self.relaxation, self.tau, self.noise)
+        sequence = position = None
+        if noise is not None:
+            sequence, position = noise.rows(live.shape, live.device)
+        if self.weight == 0:
+            return None
+        value = self.value.detach().masked_fill(~live[..., None], 0)
+        if _check.can_look(value.device) and not bool(value.isfinite().all()):
+            at = (~value.isfinite()).nonzero()[0].tolist()[:-1]
+            raise _check.NonFiniteError(
+                f"costate.value: got {float(value[tuple(at)].sum())} at row {at}; allowed: finite "
+                "numbers where a row is neither masked nor ignored"
+            )
+        if table.stride(1) != 1 or table.stride(0) < width:
+            table = table.contiguous()
+        stats = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        scale = torch.full((), float(self.weight), dtype=stats, device=value.device)
+        seed = 0 if noise is None else noise.signed_seed
+        value = value.reshape(-1, width).to(table.dtype).contiguous()
+        return Carried(seed, tau, value, table, sequence, position, scale)
+
+
+class Carried(NamedTuple):
+    """A costate as the operators take it, in the order of COSTATE."""
+
+    seed: int
+    tau: float
+    value: Tensor  # [N, He] dtype of embedding; 0 where there is none
+    embedding: Tensor  # [V, He]
+    sequence: Tensor | None  # [N] int64; None: "expected"
+    position: Tensor | None
+    scale: Tensor  # [] fp32, fp64 for an fp64 head
+
+
+COSTATE = (
+    "int seed=0, float tau=1.0, Tensor? costate=None, Tensor? embedding=None, "
+    "Tensor? sequence=None, Tensor? position=None, Tensor? costate_scale=None"
+)
+
+
+def costate_of(costate: object) -> Costate | None:
+    if costate is not None and not isinstance(costate, Costate):
+        raise TypeError(f"costate: got {_check.describe(costate)}; allowed: vgkern.Costate or None")
+    return costate
+
+
+def costate_term_ref(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    costate: Carried,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """0, with the gradient of scale * <noisy_embedding, value>."""
+    seed, tau, value, embedding, sequence, position, scale = costate
+    noise = None if sequence is None else Noise(seed % 2**64, sequence, position)  # type: ignore[arg-type]
+    any_token = torch.zeros(len(value), dtype=torch.int64, device=value.device)
+    options = (noise, tau, temperature, softcap)
+    x = noisy_embedding_ref(hidden, weight, bias, embedding, any_token, *options)
+    return _Term.apply(x, value, scale)
+
+
+class _Term(torch.autograd.Function):
+    """0 for scale * <x, value>: the gradient without the value, which would be added to a loss."""
+
+    @staticmethod
+    def forward(x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
+        return x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple:
+        x, value, scale = ctx.saved_tensors
+        return (d * scale * value).to(x.dtype), None, None
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(logp: Tensor, entropy: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
+        return logp.view_as(logp), entropy.view_as(entropy)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple:
+        return dlogp, dentropy, torch.ones_like(ctx.saved_tensors[0])
+
+
+def attached(logp: Tensor, entropy: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
+    """logp and entropy; a backward pass through either adds the gradient of `term`, once."""
+    return _Attached.apply(logp, entropy, term)

@@ -1,0 +1,55 @@
+"""The frozen model of on-policy distillation: loaded once, and held against the student.
+
+It sees the student's token ids, so an id must mean the same to both.
+"""
+
+from __future__ import annotations
+
+from .checkpoint import load_policy
+from .config import Config
+from .errors import ConfigError
+from .policy import Policy, Tokenizer
+
+SHOWN = 3  # ids of an error message
+
+
+def load_teacher(config: Config, policy: Policy, tokenizer: Tokenizer) -> Policy | None:
+    """The policy at `config.teacher`, or None; ConfigError names what is wrong."""
+    if not config.teacher:
+        return None
+    try:
+        teacher, other = load_policy(config.teacher)
+    except ValueError as error:
+        raise ConfigError(f"teacher: {error}") from None
+    except RuntimeError as error:  # a checkpoint without weights, or with half of them
+        raise ConfigError(f"teacher: {error}; allowed: a folder that a run has written") from None
+    check_teacher(config, teacher, other, policy, tokenizer)
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    return teacher
+
+
+def check_teacher(
+    config: Config, teacher: Policy, other: Tokenizer, policy: Policy, tokenizer: Tokenizer
+) -> None:
+    name, head, own = f"teacher: {config.teacher}", teacher.head(), policy.head()
+    if len(head.weight) != len(own.weight):
+        raise ConfigError(
+            f"{name} has a vocabulary of {len(head.weight)}, the student of {len(own.weight)}; "
+            f"allowed: a teacher with the student's tokenizer and as many rows in its head"
+        )
+    ids = range(len(own.weight))
+    differ = [i for i in ids if other.decode([i]) != tokenizer.decode([i])]
+    if differ or other.stops != tokenizer.stops:
+        what = f"stops at ids {other.stops}, the student at {tokenizer.stops}"
+        if differ:
+            pairs = (f"{i}: {other.decode([i])!r}, {tokenizer.decode([i])!r}" for i in differ)
+            shown = "; ".join(text for text, _ in zip(pairs, range(SHOWN), strict=False))
+            what = f"has another tokenizer: {len(differ)} ids mean other texts ({shown})"
+        raise ConfigError(f"{name} {what}; allowed: a teacher with the student's tokenizer")
+    capped = head.softcap is not None or own.softcap is not None
+    if capped and config.kl_estimator == "analytic":
+        raise ConfigError(
+            f"{name}: a head with a soft-cap has no analytic divergence; "
+            f"allowed: kl_estimator = 'sampled'"
+        )
