@@ -74,7 +74,7 @@ linear_policy_loss_sparse_fwd(const Tensor& hidden,      // [N, H]
   });
   n.write(counts.data_ptr<float>());
   auto [dh, dw, db] = grads.finish(head, bias, false);
-  Tensor report = sparse ? sparse->report() : at::empty({0}, f32);
+  Tensor report = sparse ? sparse->report() : at::zeros({4}, f32);
   return {at::full({}, loss, f32), logp, counts, dh, dw, db, report};
 }
 

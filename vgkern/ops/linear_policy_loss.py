@@ -79,17 +79,18 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         scalars: tuple[float, float],
         needs: list[bool],
         costate: tuple | None = None,  # Carried
+        sparse_tol: float = 0.0,
     ) -> tuple:
-        return operators(backend).linear_policy_loss_fwd(
-            hidden, weight, bias, targets, *rows, *scalars, o.pack(), needs, *(costate or ())
-        )
+        given = (hidden, weight, bias, targets, *rows, *scalars, o.pack(), needs)
+        return _forward(operators(backend), sparse_tol)(*given, *(costate or ()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        backend, hidden, weight, bias, targets, rows, o, scalars, needs, costate = inputs
+        backend, hidden, weight, bias, targets, rows, o, scalars, needs, costate, tol = inputs
         ctx.third, carried = ((), ()) if costate is None else (costate[:2], costate[2:])
         ctx.save_for_backward(hidden, weight, bias, targets, *rows, *carried)
-        ctx.options, ctx.made, ctx.ops = (*scalars, o.pack(), needs), output[3:], operators(backend)
+        ctx.options, ctx.made = (*scalars, o.pack(), needs), output[3:6]
+        ctx.forward_op = _forward(operators(backend), tol)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else autograd fills zeros [V, H] for the gradients here
 
@@ -100,15 +101,21 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         grads, ctx.made = ctx.made, None
         if grads is None:
             third = (*ctx.third, *carried)
-            grads = ctx.ops.linear_policy_loss_fwd(*tensors, *ctx.options, *third)[3:]
+            grads = ctx.forward_op(*tensors, *ctx.options, *third)[3:6]
         return (
             None,
             *(
                 g.mul_(dloss).to(x.dtype) if n else None
                 for g, x, n in zip(grads, tensors, ctx.needs_input_grad[1:4], strict=False)
             ),
-            *[None] * 6,
+            *[None] * 7,
         )
+
+
+def _forward(ops: Any, sparse_tol: float) -> Any:
+    if not sparse_tol:
+        return ops.linear_policy_loss_fwd
+    return lambda *a: ops.linear_policy_loss_sparse_fwd(*a[:13], sparse_tol, *a[13:])
 
 
 def linear_policy_loss(
@@ -129,6 +136,7 @@ def linear_policy_loss(
     mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     costate: Costate | None = None,  # value [B, T, He] or [N, He]
+    sparse_tol: float | None = None,  # relative error of the gradients of hidden and weight
     backend: str | None = None,
 ) -> PolicyLoss:
     """The fused loss: `policy_loss(linear_token_logprobs(...))` in one op, never [N, V].
@@ -138,6 +146,15 @@ def linear_policy_loss(
 
     costate: adds to those gradients what `vgkern.Costate` says, times whatever arrives at the loss,
     whose value it leaves alone; masked rows have none. Same recompute, no further one.
+
+    sparse_tol: opt-in, backend "cpu" (on "torch" nothing is left out). The two products behind the
+    logits run on the columns of the vocabulary that carry them, so that |error| / |gradient| of
+    hidden and of weight (Frobenius norms) stays at about sparse_tol; loss, metrics and the bias's
+    gradient are exact. Columns are chosen and the error is measured by random projections, and a
+    chunk of rows where it would be larger is multiplied in full. metrics gain sparse_error_dh and
+    sparse_error_dw, estimates of those errors from projections that chose nothing (unbiased in the
+    square), and sparse_columns_dh and sparse_columns_dw, the shares of columns multiplied. The
+    errors are relative: a factor that arrives at the loss leaves them alone. Ours: csrc/sparse.h.
 
     Raises ValueError / TypeError naming the argument, NonFiniteError for NaN logits in an active
     row (on CPU). Everything masked or an empty batch: a zero that is connected to its inputs.
@@ -158,6 +175,7 @@ def linear_policy_loss(
     also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
     chosen = choose(backend, device, hidden.dtype, *also)
     carried = None if costate is None else costate.carried(live, weight)
+    tol = _sparse(sparse_tol, chosen, o)
     if chosen == "torch":
         given = (hidden, weight, bias, targets, rows, o, *scalars)
         loss, counts = linear_policy_loss_ref(*given, *([] if carried is None else [carried]))
@@ -165,8 +183,8 @@ def linear_policy_loss(
         flat = tuple(None if t is None else t.reshape(-1).contiguous() for t in rows)
         needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
         needs = [n and torch.is_grad_enabled() for n in needs]
-        loss, _, counts, *_ = LinearPolicyLossFunction.apply(
-            chosen, h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs, carried
+        loss, _, counts, *made = LinearPolicyLossFunction.apply(
+            chosen, h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs, carried, tol
         )
     else:
         y, shape = targets.where(live, -100), targets.shape
@@ -179,7 +197,26 @@ def linear_policy_loss(
         )  # fmt: skip
         return out if carried is None else out._replace(loss=out.loss + term)
     _check.no_nan("hidden", loss.detach().reshape(1), "the loss (hidden, weight or bias)")
-    return PolicyLoss(loss, metrics_dict(counts))
+    metrics = metrics_dict(counts)
+    if tol:
+        report = loss.new_tensor([1.0, 1, 0, 0]) if chosen == "torch" else made[3]
+        metrics |= zip(SPARSE, report.detach().unbind(), strict=True)
+    return PolicyLoss(loss, metrics)
+
+
+def _sparse(sparse_tol: float | None, backend: str, o: Objective) -> float:
+    """0.0 stands for dense products below the public function."""
+    if sparse_tol is None:
+        return 0.0
+    if _check.positive("sparse_tol", sparse_tol) >= 1:
+        raise _check.fail("sparse_tol", sparse_tol, "0 < sparse_tol < 1, a relative error")
+    if backend not in ("cpu", "torch"):
+        why = f"backend {backend!r} has dense products only"
+        raise NotImplementedError(f"sparse_tol: {why}; pass sparse_tol=None")
+    if not o.row_local and backend != "torch":
+        why = "an objective of whole sequences has dense products only"
+        raise NotImplementedError(f"sparse_tol: {why}; pass sparse_tol=None")
+    return float(sparse_tol)
 
 
 def _given_advantages(
