@@ -120,3 +120,16 @@ def test_other_lookups_are_not_the_score(mask, tied):
     }
     for name, value in objectives.items():
         assert float(run.hops(value).norms[0]) > 0, name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_the_entropy_of_an_op_with_a_costate_is_not_the_score(backend):
+    run = costate.teacher_forced(llama(), IDS)
+    third = vgkern.Costate(torch.ones(B, L - 1, D), run.embedding.detach())
+    logp, entropy = vgkern.linear_token_logprobs(
+        run.hidden[:, :-1], run.weight, run.tokens, costate=third, backend=backend
+    )
+    assert float(run.hops(-entropy.sum()).norms[0]) > 0
+    for score in (logp.sum(), (logp + entropy).sum(), (entropy + logp).sum()):
+        with pytest.raises(ValueError, match="objective: holds the log-probability"):
+            run.hops(score)

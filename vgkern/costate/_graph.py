@@ -15,6 +15,7 @@ SCORES: dict[str, int | None] = {
     "LinearTruncatedLogprobsFunctionBackward": 0,
     "VocabParallelFunctionBackward": 0,
 }
+ATTACHED = "_AttachedBackward"  # logp and entropy of an op that carries a costate
 
 
 def node_of(x: Tensor) -> Any:
@@ -53,21 +54,21 @@ def score_node(
     goals = [node_of(x) for x in (hidden, head) if x.requires_grad]
     above: dict[Any, set[Any]] = {}  # who uses a node's output
     used: dict[Any, set[int]] = {}  # which of its outputs
-    stack = [node_of(objective)]
-    used[stack[0]] = {objective.output_nr}
+    start = (node_of(objective), objective.output_nr)
+    used[start[0]] = {start[1]}
+    stack = [start]
     # below hidden lies the model, which may look up what it likes, and below inputs its table,
     # which may be the head
-    seen = {stack[0], *goals, node_of(inputs)}
+    seen = {start, *((node, None) for node in (*goals, node_of(inputs)))}
     while stack:
-        node = stack.pop()
-        for child, below in node.next_functions:
-            if child is None:
-                continue
+        node, output = stack.pop()
+        for child, below in _uses(node, output):
             above.setdefault(child, set()).add(node)
             used.setdefault(child, set()).add(below)
-            if child not in seen:
-                seen.add(child)
-                stack.append(child)
+            key = (child, below if child.name() == ATTACHED else None)
+            if key not in seen:
+                seen.add(key)
+                stack.append((child, below))
     over, stack = set(), list(goals)  # a teacher's own scores hang above neither
     while stack:
         for node in above.get(stack.pop(), ()):
@@ -81,6 +82,14 @@ def score_node(
         if _looks_up(node, tokens, mask, vocab):
             return name
     return ""
+
+
+def _uses(node: Any, output: int) -> list[tuple[Any, int]]:
+    """What this output of `node` is made of: of (logp, entropy, term) logp or entropy, and the
+    term, where a costate is attached to them."""
+    edges = enumerate(node.next_functions)
+    apart = node.name() == ATTACHED
+    return [e for i, e in edges if e[0] is not None and (not apart or i in (output, 2))]
 
 
 def _looks_up(node: Any, tokens: Tensor, mask: Tensor, vocab: int) -> bool:
