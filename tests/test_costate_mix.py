@@ -74,3 +74,24 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_never_reaches_the_weights(bad):
+    mix = Mix.bias_aware()
+    fine = draws(4, 1.0, 1.0, 0.3, 0.0, 0)
+    mix.update(*fine)
+    before = (mix.covariance, mix.distance, mix(0))
+    for i, name in enumerate(("score", "pathwise")):
+        given = [x.clone() for x in fine]
+        given[i][2, 5] = bad
+        with pytest.raises(ValueError, match=rf"{name}: got {bad} at \[2, 5\]; allowed: finite"):
+            mix.update(*given)
+        assert (mix.covariance, mix.distance, mix(0)) == before
+    for name in ("covariance", "distance"):  # as a checkpoint of a run that went wrong has them
+        with pytest.raises(ValueError, match=f"{name}: got float {bad}; allowed: a finite number"):
+            Mix(0.5, 0.5, decay=0.9, **{name: bad})
+        restored = Mix.bias_aware()
+        setattr(restored, name, bad)
+        with pytest.raises(ValueError, match=f"{name}: got float {bad}"):
+            restored(0)

@@ -1,5 +1,6 @@
 """Questions about an autograd graph that `hops` asks before it runs anything."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ SCORES: dict[str, int | None] = {
     "LinearTruncatedLogprobsFunctionBackward": 0,
     "VocabParallelFunctionBackward": 0,
 }
+ATTACHED = "_AttachedBackward"  # logp and entropy of an op that carries a costate
 
 
 def node_of(x: Tensor) -> Any:
@@ -37,26 +39,37 @@ def reaches(x: Tensor, source: Tensor) -> bool:
     return False
 
 
-def score_node(objective: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor, vocab: int) -> str:
-    """Name of a node above `hidden` through which the log-probability of the sampled tokens enters
-    `objective`, or "": a fused op of this package, or a lookup of `tokens` in [..., vocab]."""
-    goal = node_of(hidden)
+def score_node(
+    objective: Tensor,
+    hidden: Tensor,
+    inputs: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    vocab: int,
+) -> str:
+    """Name of a node above `hidden`, or above the head in another pass over `inputs`, through which
+    the log-probability of the sampled tokens enters `objective`, or "": a fused op of this package,
+    or a lookup of `tokens` in [..., vocab]."""
+    goals = [node_of(x) for x in (hidden, head) if x.requires_grad]
     above: dict[Any, set[Any]] = {}  # who uses a node's output
     used: dict[Any, set[int]] = {}  # which of its outputs
-    stack = [node_of(objective)]
-    seen = {stack[0], goal}  # below hidden lies the model, which may look up what it likes
-    used[stack[0]] = {objective.output_nr}
+    start = (node_of(objective), objective.output_nr)
+    used[start[0]] = {start[1]}
+    stack = [start]
+    # below hidden lies the model, which may look up what it likes, and below inputs its table,
+    # which may be the head
+    seen = {start, *((node, None) for node in (*goals, node_of(inputs)))}
     while stack:
-        node = stack.pop()
-        for child, output in node.next_functions:
-            if child is None:
-                continue
+        node, output = stack.pop()
+        for child, below in _uses(node, output):
             above.setdefault(child, set()).add(node)
-            used.setdefault(child, set()).add(output)
-            if child not in seen:
-                seen.add(child)
-                stack.append(child)
-    over, stack = set(), [goal]  # whatever hangs above hidden; a teacher's own scores do not
+            used.setdefault(child, set()).add(below)
+            key = (child, below if child.name() == ATTACHED else None)
+            if key not in seen:
+                seen.add(key)
+                stack.append((child, below))
+    over, stack = set(), list(goals)  # a teacher's own scores hang above neither
     while stack:
         for node in above.get(stack.pop(), ()):
             if node not in over:
@@ -71,15 +84,25 @@ def score_node(objective: Tensor, hidden: Tensor, tokens: Tensor, mask: Tensor, 
     return ""
 
 
+def _uses(node: Any, output: int) -> list[tuple[Any, int]]:
+    """What this output of `node` is made of: of (logp, entropy, term) logp or entropy, and the
+    term, where a costate is attached to them."""
+    edges = enumerate(node.next_functions)
+    apart = node.name() == ATTACHED
+    return [e for i, e in edges if e[0] is not None and (not apart or i in (output, 2))]
+
+
 def _looks_up(node: Any, tokens: Tensor, mask: Tensor, vocab: int) -> bool:
     """A gather, an index or a cross-entropy that picks the sampled tokens out of [..., vocab]."""
     name = node.name()
+    ignored = None
     if name == "GatherBackward0":
         width, picks = node._saved_self.shape[-1], [node._saved_index]
     elif name.startswith("NllLoss"):
-        width, picks = vocab, [node._saved_target]
+        width, picks, ignored = vocab, [node._saved_target], node._saved_ignore_index
     elif name == "IndexBackward0":
-        width, picks = int(node._saved_self_sym_sizes[-1]), node._saved_indices[-1:]
+        sizes, picks = node._saved_self_sym_sizes, node._saved_indices
+        width, picks = int(sizes[-1]), picks[-1:] if len(picks) == len(sizes) else []
     else:
         return False
     if width != vocab:
@@ -87,12 +110,31 @@ def _looks_up(node: Any, tokens: Tensor, mask: Tensor, vocab: int) -> bool:
     for pick in picks:
         if pick is None or pick.dtype != torch.int64:
             continue
-        if pick.numel() == tokens.numel():
-            got, want = pick.reshape(tokens.shape)[mask], tokens[mask]
-        elif pick.numel() == int(mask.sum()):
-            got, want = pick.reshape(-1), tokens[mask]
-        else:
-            continue
-        if want.numel() and torch.equal(got, want):
-            return True
+        for got, want in _aligned(pick, tokens, mask):
+            if ignored is not None:  # 2**64 - 100 stands for -100
+                some = got != (ignored + 2**63) % 2**64 - 2**63
+                got, want = got[some], want[some]
+            if want.numel() and torch.equal(got, want):
+                return True
     return False
+
+
+def _aligned(pick: Tensor, tokens: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The picks of the sampled rows beside their tokens, in every layout that holds all of them:
+    the sampled rows alone, or windows of n rows per sequence, n = L with one row that predicts
+    nothing at either end, L - 1, or fewer where the first or last rows were not sampled."""
+    want = tokens[mask]
+    if pick.numel() == len(want):
+        yield pick.reshape(-1), want
+    b, rows = tokens.shape
+    if not len(want) or pick.numel() % b:
+        return
+    n = pick.numel() // b
+    if n > rows + 1:
+        return
+    some = mask.any(0).nonzero()[:, 0]
+    first, last = int(some[0]), int(some[-1])
+    pick = pick.reshape(b, n)
+    spare = int(n > rows)  # the row that predicts nothing: first, or last
+    for start in range(max(last + 1 - n, -spare), min(first, rows - n + spare) + 1):
+        yield pick[:, first - start : last + 1 - start][mask[:, first : last + 1]], want

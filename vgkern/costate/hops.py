@@ -128,8 +128,9 @@ def hops(
     another vocabulary, an embedding that did not make inputs_embeds or noise that did not draw the
     tokens (looked at on a CPU only), a hidden that does not depend on inputs_embeds, an objective
     that does not, or that holds the score of the sampled tokens. The latter is recognised where a
-    fused op of this package, or any gather, indexing or cross-entropy of `tokens` over [..., V],
-    lies between objective and hidden; not behind one-hot products or compiled graphs.
+    fused op of this package, or any gather, indexing or cross-entropy of `tokens` over [..., V]
+    (all sampled rows, shifted and padded with ignored labels or not), lies between objective and
+    hidden or a trained head; not behind one-hot products or compiled graphs.
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 0:
         raise _check.fail("k", k, "an int >= 0")
@@ -267,7 +268,9 @@ def _check_graph(objective: Tensor, link: _Link) -> None:
             "objective: no gradient reaches inputs_embeds; allowed: the differentiable part of an "
             "objective, as a function of hidden or inputs_embeds; without one hops carry nothing"
         )
-    name = _graph.score_node(objective, link.hidden, link.tokens, link.live, link.weight.shape[0])
+    name = _graph.score_node(
+        objective, link.hidden, link.inputs, link.weight, link.tokens, link.live, len(link.weight)
+    )
     if name:
         raise ValueError(
             f"objective: holds the log-probability of the sampled tokens ({name}); allowed: its "

@@ -19,6 +19,7 @@ and a = EMA(num) / EMA(den). A weight by inverse variance alone, blind to b, is 
 the pathwise part is biased.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +62,12 @@ class Mix:
             raise _check.fail("steps", self.steps, "an int >= 0")
         if self.decay is not None and not 0 <= self.decay < 1:
             raise _check.fail("decay", self.decay, "0 <= decay < 1")
+        self._moments()
+
+    def _moments(self) -> None:
+        _check.finite("covariance", self.covariance)
+        if not 0 <= self.distance < math.inf:
+            raise _check.fail("distance", self.distance, "a finite number >= 0")
 
     @classmethod
     def constant(cls, weight: float) -> "Mix":
@@ -79,6 +86,7 @@ class Mix:
     def __call__(self, step: int = 0) -> Weights:
         if step < 0:
             raise _check.fail("step", step, "step >= 0")
+        self._moments()
         if self.decay is not None and self.distance > 0:
             a = min(max(self.covariance / self.distance, 0.0), 1.0)
         elif step < self.steps:
@@ -89,13 +97,19 @@ class Mix:
 
     def update(self, score: Tensor, pathwise: Tensor) -> None:
         """Gradients of n >= 2 independent parts of a batch, each [n, P], on the same P parameters
-        (some tensors of the model are enough). Raises ValueError naming the argument."""
+        (some tensors of the model are enough). Raises ValueError naming the argument, in particular
+        for one that is not finite; the running estimate then stays as it was."""
         if self.decay is None:
             raise ValueError("mix: update() is for Mix.bias_aware; this one follows a schedule")
         score = _check.floating("score", score, 2).detach()
         if len(score) < 2:
             raise _check.fail("score", score, "[n, P] with n >= 2 parts")
         pathwise = _check.rows_like("pathwise", pathwise, score.shape).detach()
+        for name, gradient in (("score", score), ("pathwise", pathwise)):
+            if not bool(gradient.isfinite().all()):
+                at = (~gradient.isfinite()).nonzero()[0].tolist()
+                got = float(gradient[tuple(at)])
+                raise _check.NonFiniteError(f"{name}: got {got} at {at}; allowed: finite numbers")
         n, score = len(score), score.double()
         gap = score - pathwise.double()
         mean = gap.mean(0)
