@@ -6,7 +6,9 @@ z = cap * tanh(s (h W^T + b) / cap) / temperature                     models wit
 
 import contextlib
 import functools
+import inspect
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -85,13 +87,11 @@ def add_head(model: Any, keyword: str) -> None:
     still enters by `model(...)`, so the hooks of DDP, FSDP and PEFT run as for any forward pass.
     """
     check(model)
-    original = model.forward
 
-    @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         function = kwargs.pop(keyword, None)
         if function is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         lm_head = self.get_output_embeddings()
         weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
@@ -99,7 +99,38 @@ def add_head(model: Any, keyword: str) -> None:
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
         return function(hidden.to(weight.device), weight, bias)
 
-    model.forward = types.MethodType(forward, model)
+    model.forward = method(model, forward)
+
+
+def method(model: Any, forward: Callable[..., Any]) -> types.MethodType:
+    """`forward(original, self, ...)` as a method of `model`, with the signature of its own forward.
+
+    copy.deepcopy binds a method to the copy but copies no closure, so nothing in here may run the
+    model itself: `original` is the function under the method that was there, and takes `self` too.
+    """
+    bound = model.forward
+    stock = getattr(bound, "__func__", None)
+    if stock is None or bound.__self__ is not model:  # a closure of someone else
+
+        def stock(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self is not model:
+                raise IntegrationError(
+                    f"{type(self).__name__}: a copy of a model whose forward was {bound!r}, which "
+                    "runs the model that was copied. Copy it before its forward is replaced"
+                )
+            return bound(*args, **kwargs)
+
+        signature = inspect.signature(bound)
+        of_self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        stock.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[of_self, *signature.parameters.values()]
+        )
+
+    @functools.wraps(stock)  # Trainer and `generate` read off the signature what the model takes
+    def ours(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(stock, self, *args, **kwargs)
+
+    return types.MethodType(ours, model)
 
 
 def check(model: Any, tolerance: float = 1e-3) -> None:

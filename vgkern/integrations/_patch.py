@@ -61,6 +61,10 @@ class Patch:
                 setattr(owner, name, ours)
             Patch._on.append(self)
 
+    @property
+    def on(self) -> bool:
+        return self in Patch._on
+
     def undo(self) -> None:
         """Puts back what was there. A second call does nothing."""
         with Patch._lock:
