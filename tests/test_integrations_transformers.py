@@ -190,3 +190,12 @@ def test_a_copy_of_someone_elses_closure_is_refused():
     assert model(**call).logits is not None
     with pytest.raises(IntegrationError, match="a copy of a model"):
         copy.deepcopy(model)(**call)
+
+
+def test_modes_of_the_modules_are_left_as_they_are():
+    model = llama()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    ours.patch(model).undo()
+    assert [module.training for module in model.modules()] == before

@@ -146,7 +146,7 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
     ids = torch.tensor([[1, 2, 0]], device=next(model.parameters()).device)
     ids = ids % lm_head.weight.shape[0]
     softcap, scale = scaling(model.config)
-    training = model.training
+    training = {module: module.training for module in model.modules()}  # parts may be frozen
     model.eval()
     try:
         with torch.no_grad():
@@ -157,7 +157,8 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
             )
             ours = linear_token_logprobs(given.hidden, given.weight, ids, **options(given)).logp
     finally:
-        model.train(training)
+        for module, was in training.items():
+            module.training = was
     stock = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     rounding = 8 * torch.finfo(logits.dtype).eps * float(logits.detach().abs().max())
     gap = float((ours - stock).abs().max())
