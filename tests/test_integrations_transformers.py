@@ -199,3 +199,18 @@ def test_modes_of_the_modules_are_left_as_they_are():
     assert len(set(before)) == 2
     ours.patch(model).undo()
     assert [module.training for module in model.modules()] == before
+
+
+def test_outputs_without_names_are_refused():
+    model = llama()
+    model.config.return_dict = False
+    with pytest.raises(IntegrationError, match="return_dict is False"):
+        ours.patch(model)
+
+
+def test_shift_labels_alone_give_no_loss_as_stock():
+    model, call = llama(), {**batch(), "labels": None, "shift_labels": shifted}
+    assert model(**call).loss is None
+    with ours.patch(model) as on:
+        out = model(**call)
+    assert out.loss is None and out.logits is not None and on.calls == 0

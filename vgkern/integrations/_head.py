@@ -143,6 +143,11 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
     lm_head = model.get_output_embeddings()
     if lm_head is None or getattr(model, "base_model", model) is model:
         raise IntegrationError(f"{name} has no backbone with an output embedding on top")
+    if getattr(model.config, "return_dict", True) is False:
+        raise IntegrationError(
+            f"{name}: config.return_dict is False, and its outputs are read by name. Set it to "
+            "True; `return_dict=False` may be given to a call"
+        )
     ids = torch.tensor([[1, 2, 0]], device=next(model.parameters()).device)
     ids = ids % lm_head.weight.shape[0]
     softcap, scale = scaling(model.config)

@@ -75,7 +75,7 @@ def patch(model: Any, *, backend: str | None = None) -> Patch:
     def build(patch: Patch) -> list[tuple[Any, str, Any]]:
         def forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
             asked = ("output_hidden_states", "output_attentions", "output_router_logits")
-            plain = kwargs.get("labels") is None and kwargs.get("shift_labels") is None
+            plain = kwargs.get("labels") is None  # shift_labels alone give no loss, as stock
             stock = plain or not self.training or any(kwargs.get(k) for k in asked)
             if stock or not patch.on:  # a copy made while this was on keeps it after `undo`
                 return original(self, *args, **kwargs)
