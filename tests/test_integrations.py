@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
+
+from vgkern.integrations import Patch
 
 CODE = """
 import sys
@@ -36,3 +39,11 @@ def test_frameworks_are_imported_late(name, framework, call):
 def test_transformers_is_imported_late():
     code = "import sys, vgkern.integrations.transformers; assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_patch_that_fails_half_way_leaves_nothing_behind():
+    module = types.ModuleType("module")
+    module.f = 1
+    with pytest.raises(TypeError, match="immutable"):
+        Patch(lambda _: [(module, "f", 2), (module, "g", 3), (int, "bit_length", 4)])
+    assert module.f == 1 and not hasattr(module, "g") and not Patch._on

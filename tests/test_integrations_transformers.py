@@ -1,11 +1,13 @@
 """transformers: the stock loss and gradients of a 2-layer model, with and without its logits."""
 
+import copy
 import inspect
+import types
 
 import pytest
 import torch
 
-from vgkern.integrations import IntegrationError
+from vgkern.integrations import IntegrationError, _head
 from vgkern.integrations import transformers as ours
 
 torch.set_num_threads(1)  # models this small only wait for a second one
@@ -140,3 +142,75 @@ def test_a_changed_transformers_is_refused(monkeypatch):
         ours.patch(llama())
     for words in ("logits, targets, kwargs", ours.STOCK, "transformers>=5", "expected", "found"):
         assert words in str(error.value)
+
+
+def perturbed(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    return model
+
+
+def test_a_copy_made_while_patched_runs_its_own_weights():
+    model = llama()
+    with ours.patch(model) as on:
+        reference = copy.deepcopy(model)
+        perturbed(model)
+        stock = grads_of(llama(), batch())
+        assert on.calls == 0
+        same(grads_of(reference, batch()), stock)
+        assert on.calls == 1
+        assert inspect.signature(reference.forward) == inspect.signature(llama().forward)
+    calls = on.calls
+    again = grads_of(reference, batch())
+    same(again, stock)
+    assert on.calls == calls and again[2].logits is not None
+    assert "forward" not in vars(model)
+
+
+def test_a_copy_of_a_model_with_a_fused_head_runs_its_own_weights():
+    model, call = llama().eval(), {"input_ids": batch()["input_ids"]}
+    stock, signature = model(**call).logits, inspect.signature(model.forward)
+    _head.add_head(model, "ours")
+    assert inspect.signature(model.forward) == signature
+    reference = copy.deepcopy(model)
+    perturbed(model)
+    assert torch.equal(reference(**call).logits, stock)
+    assert not torch.equal(model(**call).logits, stock)
+    logits = reference(**call, ours=lambda hidden, weight, bias: hidden @ weight.T)
+    torch.testing.assert_close(logits, stock)
+
+
+def test_a_copy_of_someone_elses_closure_is_refused():
+    model, call = llama().eval(), {"input_ids": batch()["input_ids"]}
+    own = model.forward
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    _head.add_head(model, "ours")
+    model.forward = types.MethodType(model.forward.__func__, model)  # as accelerate wraps it
+    assert model(**call).logits is not None
+    with pytest.raises(IntegrationError, match="a copy of a model"):
+        copy.deepcopy(model)(**call)
+
+
+def test_modes_of_the_modules_are_left_as_they_are():
+    model = llama()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    ours.patch(model).undo()
+    assert [module.training for module in model.modules()] == before
+
+
+def test_outputs_without_names_are_refused():
+    model = llama()
+    model.config.return_dict = False
+    with pytest.raises(IntegrationError, match="return_dict is False"):
+        ours.patch(model)
+
+
+def test_shift_labels_alone_give_no_loss_as_stock():
+    model, call = llama(), {**batch(), "labels": None, "shift_labels": shifted}
+    assert model(**call).loss is None
+    with ours.patch(model) as on:
+        out = model(**call)
+    assert out.loss is None and out.logits is not None and on.calls == 0

@@ -374,3 +374,11 @@ def test_sft_has_the_same_loss_and_accuracy(tmp_path):
         runs.append(made.state.log_history[0])
     for name in ("loss", "entropy", "mean_token_accuracy", "grad_norm"):
         assert runs[1][name] == pytest.approx(runs[0][name], rel=1e-5)
+
+
+def test_another_version_of_trl_is_refused_by_the_trainer(monkeypatch):
+    from vgkern.integrations import _trl_grpo
+
+    monkeypatch.setattr(_trl_grpo, "version", lambda _: "1.17.0")
+    with pytest.raises(IntegrationError, match=r"expected: 1\.16\.x\n  found:    1\.17\.x"):
+        ours.GRPOTrainer()

@@ -6,7 +6,9 @@ z = cap * tanh(s (h W^T + b) / cap) / temperature                     models wit
 
 import contextlib
 import functools
+import inspect
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -85,13 +87,11 @@ def add_head(model: Any, keyword: str) -> None:
     still enters by `model(...)`, so the hooks of DDP, FSDP and PEFT run as for any forward pass.
     """
     check(model)
-    original = model.forward
 
-    @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         function = kwargs.pop(keyword, None)
         if function is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         lm_head = self.get_output_embeddings()
         weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
@@ -99,7 +99,38 @@ def add_head(model: Any, keyword: str) -> None:
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
         return function(hidden.to(weight.device), weight, bias)
 
-    model.forward = types.MethodType(forward, model)
+    model.forward = method(model, forward)
+
+
+def method(model: Any, forward: Callable[..., Any]) -> types.MethodType:
+    """`forward(original, self, ...)` as a method of `model`, with the signature of its own forward.
+
+    copy.deepcopy binds a method to the copy but copies no closure, so nothing in here may run the
+    model itself: `original` is the function under the method that was there, and takes `self` too.
+    """
+    bound = model.forward
+    stock = getattr(bound, "__func__", None)
+    if stock is None or bound.__self__ is not model:  # a closure of someone else
+
+        def stock(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self is not model:
+                raise IntegrationError(
+                    f"{type(self).__name__}: a copy of a model whose forward was {bound!r}, which "
+                    "runs the model that was copied. Copy it before its forward is replaced"
+                )
+            return bound(*args, **kwargs)
+
+        signature = inspect.signature(bound)
+        of_self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        stock.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[of_self, *signature.parameters.values()]
+        )
+
+    @functools.wraps(stock)  # Trainer and `generate` read off the signature what the model takes
+    def ours(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(stock, self, *args, **kwargs)
+
+    return types.MethodType(ours, model)
 
 
 def check(model: Any, tolerance: float = 1e-3) -> None:
@@ -112,10 +143,15 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
     lm_head = model.get_output_embeddings()
     if lm_head is None or getattr(model, "base_model", model) is model:
         raise IntegrationError(f"{name} has no backbone with an output embedding on top")
+    if getattr(model.config, "return_dict", True) is False:
+        raise IntegrationError(
+            f"{name}: config.return_dict is False, and its outputs are read by name. Set it to "
+            "True; `return_dict=False` may be given to a call"
+        )
     ids = torch.tensor([[1, 2, 0]], device=next(model.parameters()).device)
     ids = ids % lm_head.weight.shape[0]
     softcap, scale = scaling(model.config)
-    training = model.training
+    training = {module: module.training for module in model.modules()}  # parts may be frozen
     model.eval()
     try:
         with torch.no_grad():
@@ -126,7 +162,8 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
             )
             ours = linear_token_logprobs(given.hidden, given.weight, ids, **options(given)).logp
     finally:
-        model.train(training)
+        for module, was in training.items():
+            module.training = was
     stock = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     rounding = 8 * torch.finfo(logits.dtype).eps * float(logits.detach().abs().max())
     gap = float((ours - stock).abs().max())

@@ -56,10 +56,19 @@ class Patch:
         self._before: list[tuple[Any, str, Any, Any]] = []  # owner, name, ours, what was there
         targets = build(self)
         with Patch._lock:
-            for owner, name, ours in targets:
-                self._before.append((owner, name, ours, vars(owner).get(name, ABSENT)))
-                setattr(owner, name, ours)
             Patch._on.append(self)
+            try:
+                for owner, name, ours in targets:
+                    before = vars(owner).get(name, ABSENT)
+                    setattr(owner, name, ours)
+                    self._before.append((owner, name, ours, before))
+            except BaseException:  # all of them or none
+                self.undo()
+                raise
+
+    @property
+    def on(self) -> bool:
+        return self in Patch._on
 
     def undo(self) -> None:
         """Puts back what was there. A second call does nothing."""

@@ -7,7 +7,7 @@ import trl
 from torch import Tensor
 
 from vgkern.integrations import _head
-from vgkern.integrations._patch import parameters, refuse
+from vgkern.integrations._patch import parameters, refuse, version
 from vgkern.objectives import Objective
 from vgkern.ops.linear_policy_loss import linear_policy_loss
 from vgkern.ops.noisy_embedding import noisy_embedding
@@ -91,6 +91,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     """
 
     def __init__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> None:
+        series = ".".join(version("trl").split(".")[:2])  # later ones rename inputs of the loss
+        refuse("trl", "its version", f"{series}.x", "1.16.x", REMEDY)
         found = parameters(trl.GRPOTrainer._compute_loss)
         refuse("trl", "the signature of GRPOTrainer._compute_loss", found, _COMPUTE_LOSS, REMEDY)
         super().__init__(*args, **kwargs)

@@ -7,7 +7,7 @@ labels goes from hidden states and head straight to the loss, and `logits` of it
 """
 
 import importlib
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ def patch(model: Any, *, backend: str | None = None) -> Patch:
 
     `num_items_in_batch`, `shift_labels` and `logits_to_keep` mean what they mean in the model's own
     forward. In eval mode, without labels, or with `output_hidden_states` or `output_attentions`
-    asked for, the model's own forward runs. `.calls` counts the fused passes.
+    asked for, the model's own forward runs. `.calls` counts the fused passes. A copy of the model
+    (copy.deepcopy) is patched with it, on its own weights, until the same `undo()`.
 
     Raises IntegrationError when the model's log-probs are not those of its backbone and head (three
     tokens are forwarded to see), when its loss function is not the stock one, or when it adds a
@@ -70,23 +71,21 @@ def patch(model: Any, *, backend: str | None = None) -> Patch:
         )
     _head.check(model)
     outputs = importlib.import_module("transformers.modeling_outputs")
-    original = model.forward
 
     def build(patch: Patch) -> list[tuple[Any, str, Any]]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
             asked = ("output_hidden_states", "output_attentions", "output_router_logits")
-            plain = kwargs.get("labels") is None and kwargs.get("shift_labels") is None
-            if plain or not model.training or any(kwargs.get(k) for k in asked):
-                return original(*args, **kwargs)
+            plain = kwargs.get("labels") is None  # shift_labels alone give no loss, as stock
+            stock = plain or not self.training or any(kwargs.get(k) for k in asked)
+            if stock or not patch.on:  # a copy made while this was on keeps it after `undo`
+                return original(self, *args, **kwargs)
             patch.calls += 1
-            loss = _loss(model, args, kwargs, backend)
+            loss = _loss(self, args, kwargs, backend)
             if kwargs.get("return_dict") is False:
                 return (loss,)
             return outputs.CausalLMOutputWithPast(loss=loss)
 
-        # Trainer and generate read off its forward what the model takes
-        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-        return [(model, "forward", forward)]
+        return [(model, "forward", _head.method(model, forward))]
 
     return Patch(build)
 

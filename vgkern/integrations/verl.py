@@ -15,7 +15,6 @@ values. An objective of your own gets a name by `register_objective`.
 
 import importlib
 import importlib.abc
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable
@@ -256,13 +255,16 @@ class _Registry(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != CORE:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             loader, run = spec.loader, spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 run(module)
+                if self in sys.meta_path:  # not before: a spec may be looked up without an import
+                    sys.meta_path.remove(self)
                 sys.modules.setdefault(CORE, module)
                 _register_or_say()
 
