@@ -318,6 +318,22 @@ def test_a_blocked_id_adds_nothing():
     assert torch.allclose(got, want, rtol=1e-5) and want.isfinite()
 
 
+def test_a_bias_that_starts_at_zero_is_trained(world):
+    rows = torch.tensor([0, 3, 5, 6])
+    teacher = world.teachers(rows, (1.0, 1.0))[0]
+
+    def gradients(bias):
+        loss = analytic_loss(
+            world.hidden(rows), world.weight, world.tokens[rows],
+            Teacher(teacher.hidden, teacher.weight), future=0, bias=bias, mask=world.mask[rows],
+        ).loss  # fmt: skip
+        return torch.autograd.grad(loss, [bias, world.weight])
+
+    zero = torch.zeros(V, dtype=torch.float64).requires_grad_()
+    (got, _), (want, _) = gradients(zero), gradients((zero + 1e-12).detach().requires_grad_())
+    assert torch.allclose(got, want, rtol=1e-9) and got.abs().max() > 1e-3
+
+
 def test_the_baseline_is_of_those_who_got_there():
     cost = torch.tensor([[1.0, 2, 3], [5, 7, 9], [2, torch.nan, torch.inf]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0]])

@@ -304,7 +304,7 @@ def _divergence(
         if not bool(kept.all()):
             ids = kept.nonzero()[:, 0]
             w, tw, bias, other = (x.index_select(0, ids) for x in (w, tw, bias, other))
-    if any(b is not None and bool((b != 0).any()) for b in (bias, other)):
+    if any(b is not None and (b.requires_grad or bool((b != 0).any())) for b in (bias, other)):
         h, w = _with_columns(h, w, bias)
         th, tw = _with_columns(th, tw, other)
     out = linear_divergence(
