@@ -244,6 +244,32 @@ def test_a_teacher_that_does_not_fit_is_one_error(tmp_path, folder):
         teacher.check_teacher(one.config, one.policy, one.tokenizer, one.policy, one.tokenizer)
 
 
+def test_an_id_that_one_side_alone_can_produce_is_refused(folder):
+    """Its divergence would be 1e8 nats; jsd is bounded."""
+    made = trainer(teacher=folder)
+    head, other = made.policy.head(), made.parts.teacher
+    open_head = head._replace(bias=head.bias.clone().index_fill(0, torch.tensor([7]), 0.0))
+    less = head._replace(bias=head.bias.clone().index_fill(0, torch.tensor([7]), -1e9))
+
+    def check(student, of_teacher, kind):
+        made.policy.head, other.head = lambda: student, lambda: of_teacher
+        config = dataclasses.replace(made.config, distill_kind=kind)
+        teacher.check_teacher(config, other, made.tokenizer, made.policy, made.tokenizer)
+
+    with pytest.raises(
+        ConfigError,
+        match=r"teacher: .*: it blocks 1 ids that the student can produce \(id 7\): .*'jsd'",
+    ):
+        check(open_head, less, "reverse_kl")
+    with pytest.raises(ConfigError, match=r"the student blocks 1 ids that it can produce \(id 7\)"):
+        check(less, open_head, "forward_kl")
+    with pytest.raises(ConfigError, match=r"it blocks \d+ ids"):
+        check(head._replace(bias=None), head, "reverse_kl")
+    check(open_head, less, "forward_kl")
+    check(less, open_head, "reverse_kl")
+    check(open_head, less, "jsd")
+
+
 @pytest.mark.parametrize(
     "settings, match",
     [
