@@ -158,6 +158,25 @@ def test_distillation_reaches_its_teacher(tmp_path, folder, estimator, steps):
     assert f"distilled from {folder}" in text and "no task reward" in text
 
 
+@pytest.mark.parametrize("skipped", [{1}, {3}, {1, 2, 3}])
+def test_a_skipped_step_has_no_divergence_to_report(tmp_path, folder, monkeypatch, skipped):
+    real, calls = run.Trainer.gradient, []
+
+    def gradient(self, *args):
+        calls.append(args)
+        if len(calls) in skipped:
+            return {"loss": float("nan"), "sampler_gap": float("nan")}
+        return real(self, *args)
+
+    monkeypatch.setattr(run.Trainer, "gradient", gradient)
+    out = run.train(dataclasses.replace(TINY, teacher=folder, out=str(tmp_path / "run")))
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = [record["distill"] for record in records if "distill" in record]
+    text = (out / "summary.txt").read_text()
+    want = f": {found[0]:.3f} -> {found[-1]:.3f} nats" if found else ""
+    assert len(found) == 3 - len(skipped) and f"distilled from {folder}{want}\n" in text
+
+
 def test_the_teacher_is_frozen(folder, monkeypatch):
     made = trainer(teacher=folder, lr=1e-2)
     before = [p.clone() for p in made.parts.teacher.parameters()]
