@@ -318,6 +318,41 @@ def test_a_blocked_id_adds_nothing():
     assert torch.allclose(got, want, rtol=1e-5) and want.isfinite()
 
 
+@pytest.mark.parametrize("blocked", [-1e9, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_id_that_only_the_student_blocks(dtype, blocked):
+    """In fp16 a bias of -1e9 is -inf: the reverse KL, with p = 0 there, stays finite."""
+    g = torch.Generator().manual_seed(3)
+    h, w, th, tw = (torch.randn(*n, generator=g) for n in ((2, 3, 8), (5, 8), (2, 3, 4), (5, 4)))
+    h, w, th, tw = (x.to(dtype).requires_grad_() for x in (h, w, th, tw))
+    bias, y = torch.tensor([0.3, blocked, -0.2, 0, 0]), torch.full((2, 3), 2)
+    got = analytic_loss(h, w, y, Teacher(th, tw), future=0, bias=bias)
+    lp = (h.double() @ w.double().T + bias).log_softmax(-1).where(bias > -1e8, -200.0)
+    lq = (th.double() @ tw.double().T).log_softmax(-1)
+    want = (lp.exp() * (lp - lq)).sum(-1).mean()
+    assert abs(got.metrics["kl"] - want) < 1e-5 * want
+    got, want = (torch.autograd.grad(x, (h, w)) for x in (got.loss, 3 * want))
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).double().norm() < near * b.double().norm()
+
+
+def test_a_bias_that_starts_at_zero_is_trained(world):
+    rows = torch.tensor([0, 3, 5, 6])
+    teacher = world.teachers(rows, (1.0, 1.0))[0]
+
+    def gradients(bias):
+        loss = analytic_loss(
+            world.hidden(rows), world.weight, world.tokens[rows],
+            Teacher(teacher.hidden, teacher.weight), future=0, bias=bias, mask=world.mask[rows],
+        ).loss  # fmt: skip
+        return torch.autograd.grad(loss, [bias, world.weight])
+
+    zero = torch.zeros(V, dtype=torch.float64).requires_grad_()
+    (got, _), (want, _) = gradients(zero), gradients((zero + 1e-12).detach().requires_grad_())
+    assert torch.allclose(got, want, rtol=1e-9) and got.abs().max() > 1e-3
+
+
 def test_the_baseline_is_of_those_who_got_there():
     cost = torch.tensor([[1.0, 2, 3], [5, 7, 9], [2, torch.nan, torch.inf]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0]])

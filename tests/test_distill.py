@@ -158,6 +158,25 @@ def test_distillation_reaches_its_teacher(tmp_path, folder, estimator, steps):
     assert f"distilled from {folder}" in text and "no task reward" in text
 
 
+@pytest.mark.parametrize("skipped", [{1}, {3}, {1, 2, 3}])
+def test_a_skipped_step_has_no_divergence_to_report(tmp_path, folder, monkeypatch, skipped):
+    real, calls = run.Trainer.gradient, []
+
+    def gradient(self, *args):
+        calls.append(args)
+        if len(calls) in skipped:
+            return {"loss": float("nan"), "sampler_gap": float("nan")}
+        return real(self, *args)
+
+    monkeypatch.setattr(run.Trainer, "gradient", gradient)
+    out = run.train(dataclasses.replace(TINY, teacher=folder, out=str(tmp_path / "run")))
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = [record["distill"] for record in records if "distill" in record]
+    text = (out / "summary.txt").read_text()
+    want = f": {found[0]:.3f} -> {found[-1]:.3f} nats" if found else ""
+    assert len(found) == 3 - len(skipped) and f"distilled from {folder}{want}\n" in text
+
+
 def test_the_teacher_is_frozen(folder, monkeypatch):
     made = trainer(teacher=folder, lr=1e-2)
     before = [p.clone() for p in made.parts.teacher.parameters()]
@@ -242,6 +261,32 @@ def test_a_teacher_that_does_not_fit_is_one_error(tmp_path, folder):
     one.policy.head = lambda: head
     with pytest.raises(ConfigError, match=r"soft-cap has no analytic .* kl_estimator = 'sampled'"):
         teacher.check_teacher(one.config, one.policy, one.tokenizer, one.policy, one.tokenizer)
+
+
+def test_an_id_that_one_side_alone_can_produce_is_refused(folder):
+    """Its divergence would be 1e8 nats; jsd is bounded."""
+    made = trainer(teacher=folder)
+    head, other = made.policy.head(), made.parts.teacher
+    open_head = head._replace(bias=head.bias.clone().index_fill(0, torch.tensor([7]), 0.0))
+    less = head._replace(bias=head.bias.clone().index_fill(0, torch.tensor([7]), -1e9))
+
+    def check(student, of_teacher, kind):
+        made.policy.head, other.head = lambda: student, lambda: of_teacher
+        config = dataclasses.replace(made.config, distill_kind=kind)
+        teacher.check_teacher(config, other, made.tokenizer, made.policy, made.tokenizer)
+
+    with pytest.raises(
+        ConfigError,
+        match=r"teacher: .*: it blocks 1 ids that the student can produce \(id 7\): .*'jsd'",
+    ):
+        check(open_head, less, "reverse_kl")
+    with pytest.raises(ConfigError, match=r"the student blocks 1 ids that it can produce \(id 7\)"):
+        check(less, open_head, "forward_kl")
+    with pytest.raises(ConfigError, match=r"it blocks \d+ ids"):
+        check(head._replace(bias=None), head, "reverse_kl")
+    check(open_head, less, "forward_kl")
+    check(less, open_head, "reverse_kl")
+    check(open_head, less, "jsd")
 
 
 @pytest.mark.parametrize(

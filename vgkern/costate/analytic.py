@@ -304,7 +304,7 @@ def _divergence(
         if not bool(kept.all()):
             ids = kept.nonzero()[:, 0]
             w, tw, bias, other = (x.index_select(0, ids) for x in (w, tw, bias, other))
-    if any(b is not None and bool((b != 0).any()) for b in (bias, other)):
+    if any(b is not None and (b.requires_grad or bool((b != 0).any())) for b in (bias, other)):
         h, w = _with_columns(h, w, bias)
         th, tw = _with_columns(th, tw, other)
     out = linear_divergence(
@@ -329,7 +329,8 @@ def _with_columns(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
             assert rest is not None
             part = rest.to(weight.dtype)
             parts.append(part)  # the first carries the gradient of the bias
-            rest = (rest - part.to(rest.dtype)).detach().nan_to_num(0.0)  # -inf is one part
+            left = (rest - part.to(rest.dtype)).detach()
+            rest = left.nan_to_num(0.0, 0.0, 0.0)  # what overflows to -inf is one part
         columns = torch.cat([torch.stack(parts, 1), columns[:, len(parts) :]], 1)
     return (
         torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], COLUMNS)], -1),

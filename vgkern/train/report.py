@@ -47,10 +47,10 @@ def learned(log: Log, config: Config) -> list[str]:
         change = 100 * (last[name] - first[name])
         lines.append(f"  {what:<11} {first[name]:.3f} -> {last[name]:.3f}  ({change:+.1f} points)")
     if config.teacher:
-        steps = log.of("step")
+        found = [step["distill"] for step in log.of("step") if "distill" in step]
         text = f"  distilled from {config.teacher}"
-        if steps:
-            text += f": {steps[0]['distill']:.3f} -> {steps[-1]['distill']:.3f} nats per token"
+        if found:  # a skipped step has none
+            text += f": {found[0]:.3f} -> {found[-1]:.3f} nats per token"
         lines.append(text + ("" if config.reward_coef else "; no task reward"))
     if config.shuffle_rewards:
         lines.append("  control run: rewards were dealt to random samples")

@@ -5,10 +5,15 @@ It sees the student's token ids, so an id must mean the same to both.
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from vgkern.costate.analytic import BLOCKED
+
 from .checkpoint import load_policy
 from .config import Config
 from .errors import ConfigError
-from .policy import Policy, Tokenizer
+from .policy import Head, Policy, Tokenizer
 
 SHOWN = 3  # ids of an error message
 
@@ -47,9 +52,31 @@ def check_teacher(
             shown = "; ".join(text for text, _ in zip(pairs, range(SHOWN), strict=False))
             what = f"has another tokenizer: {len(differ)} ids mean other texts ({shown})"
         raise ConfigError(f"{name} {what}; allowed: a teacher with the student's tokenizer")
+    _check_blocked(name, config, head, own)
     capped = head.softcap is not None or own.softcap is not None
     if capped and config.kl_estimator == "analytic":
         raise ConfigError(
             f"{name}: a head with a soft-cap has no analytic divergence; "
             f"allowed: kl_estimator = 'sampled'"
         )
+
+
+def _check_blocked(name: str, config: Config, teacher: Head, student: Head) -> None:
+    """A divergence is infinite, 1e8 nats in practice, where one side alone can produce an id."""
+    other, own = _producible(teacher), _producible(student)
+    missing, text = own & ~other, "it blocks {} ids that the student can produce"
+    if config.distill_kind == "forward_kl":
+        missing, text = other & ~own, "the student blocks {} ids that it can produce"
+    if config.distill_kind == "jsd" or not bool(missing.any()):
+        return
+    ids = missing.nonzero()[:, 0].tolist()
+    raise ConfigError(
+        f"{name}: {text.format(len(ids))} (id {ids[0]}): {config.distill_kind} is infinite; "
+        f"allowed: tokenizers with the same pad_token and as many tokens, or distill_kind = 'jsd'"
+    )
+
+
+def _producible(head: Head) -> Tensor:  # [V] bool
+    if head.bias is None:
+        return torch.ones(len(head.weight), dtype=torch.bool, device=head.weight.device)
+    return head.bias > BLOCKED
