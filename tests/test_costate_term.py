@@ -260,9 +260,9 @@ print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) /
 
 @pytest.mark.skipif("cpu" not in NATIVE, reason="the cpu backend's own memory")
 def test_peak_memory():
-    """Logits and u of a chunk, 150 MiB together, the fp32 gradients and slack: none of the 393 MiB
+    """Logits and u of a chunk, 200 MiB together, the fp32 gradients and slack: none of the 393 MiB
     that [N, V] logits, noise or u would be, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     gradients = 2 * 4 * (2048 + 50304) * 64 / 2**20
-    assert json.loads(done.stdout) < 150 + gradients + 60
+    assert json.loads(done.stdout) < 200 + gradients + 60
