@@ -147,6 +147,20 @@ def test_one_live_row_among_many(backend):
     assert torch.equal(got[0].abs().sum(-1) != 0, live)
 
 
+@pytest.mark.parametrize("objective", ["grpo", "gspo"])
+def test_nan_in_a_row_with_nothing_but_a_costate_is_said(backend, objective):
+    """Its gradients would be NaN: the loss must not be a number."""
+    x = batch(mask=False)
+    x["advantages"] = torch.zeros(6)
+    x["hidden"] = x["hidden"].clone()
+    x["hidden"][3, 3, 5] = torch.nan
+    with pytest.raises(vgkern.NonFiniteError, match=r"^hidden: .*NaN"):
+        loss_grads(x, backend, objective=objective)
+    if objective == "grpo":
+        with pytest.raises(vgkern.NonFiniteError, match=r"^hidden: .*NaN"):
+            logp_grads(x, backend, lambda o: 0 * o.logp.sum())
+
+
 def test_what_is_given_is_left_alone(backend):
     x = batch(**GUMBEL, tied=True)
     c = dataclasses.replace(x["costate"], value=x["costate"].value.clone().requires_grad_())
