@@ -161,6 +161,24 @@ def test_nan_in_a_row_with_nothing_but_a_costate_is_said(backend, objective):
             logp_grads(x, backend, lambda o: 0 * o.logp.sum())
 
 
+@pytest.mark.parametrize("options", [{}, {"relaxation": "gumbel"}], ids=str)
+def test_a_peaked_row_keeps_its_digits(backend, options):
+    """u - <q, u> where q is one-hot but for e-14, u in the tens: each row of the gradient, which
+    the others' would hide. (The reference is eager fp32 autograd, whose softmax does cancel.)"""
+    if backend == "torch":
+        pytest.skip("it is what the others are better than")
+    x = batch(v=1035, he=32, mask=False, **options)
+    row, x["temperature"] = x["weight"][x["targets"]], 1.0
+    x["hidden"] = 0.05 * x["hidden"] + 28 * row / row.square().sum(-1, keepdim=True)
+    x["advantages"] = torch.zeros(6)
+    c = dataclasses.replace(x["costate"], value=10 * x["costate"].value)
+    got = loss_grads({**x, "costate": c}, backend)[1][0]
+    up = dataclasses.replace(c, value=c.value.double(), embedding=c.embedding.double())
+    wide = {k: t.double() if k in (*NAMES, "old_logp") else t for k, t in x.items()}
+    want = loss_grads({**wide, "costate": up}, "torch")[1][0]
+    assert ((got - want).norm(dim=-1) <= 1e-4 * want.norm(dim=-1)).all()
+
+
 def test_what_is_given_is_left_alone(backend):
     x = batch(**GUMBEL, tied=True)
     c = dataclasses.replace(x["costate"], value=x["costate"].value.clone().requires_grad_())
