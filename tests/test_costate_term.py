@@ -179,6 +179,22 @@ def test_a_peaked_row_keeps_its_digits(backend, options):
     assert ((got - want).norm(dim=-1) <= 1e-4 * want.norm(dim=-1)).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.02, 1e-3])
+@pytest.mark.parametrize("carried", [False, True])
+def test_fp16_with_a_low_temperature_stays_in_range(backend, temperature, carried):
+    """1 / temperature multiplies the gradient of the logits, which fp16 holds."""
+    x = batch(mask=False)
+    c = x["costate"]
+    x["weight"] = 0.01 * x["weight"]
+    x |= {k: x[k].half() for k in NAMES}
+    x["temperature"], x["old_logp"] = temperature, None
+    x["costate"] = dataclasses.replace(c, embedding=c.embedding.half()) if carried else None
+    got = loss_grads(x, backend)[1]
+    up = {**x, **{k: x[k].float() for k in NAMES}}
+    for a, b in zip(got, loss_grads(up, "torch")[1], strict=True):
+        assert (a - b).norm() < 4e-3 * b.norm()
+
+
 def test_what_is_given_is_left_alone(backend):
     x = batch(**GUMBEL, tied=True)
     c = dataclasses.replace(x["costate"], value=x["costate"].value.clone().requires_grad_())
