@@ -99,7 +99,8 @@ LinearRows::LinearRows(const Head& head, const int64_t* targets, std::vector<int
   const int64_t r = int64_t(active_.size());
   dense_ = r == head.n;
   pairs_ = head.dtype == kBF16 && gemm().bf16;
-  chunk_ = std::max(chunk_rows(r, costates ? 2 * head.v : head.v), kMinRows);
+  // u is a second block; most of its cost is another pass of GEMMs, which want their 512 rows
+  chunk_ = std::max(chunk_rows(r, costates ? 3 * head.v / 2 : head.v), kMinRows);
   tile_ = tile_columns(chunk_, head.v);
   tiles_ = (head.v + tile_ - 1) / tile_;
   if (Space::busy().try_lock())

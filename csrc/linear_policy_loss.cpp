@@ -58,7 +58,10 @@ linear_policy_loss_sparse_fwd(const Tensor& hidden,      // [N, H]
     for (int64_t i = 0; i < k.count; ++i) {
       const int64_t r = k.rows[i];
       c[i] = e[i] = 0.f;
-      if (!scored(r)) continue;
+      if (!scored(r)) {  // here for its costate alone, whose gradient a NaN row would spoil unseen
+        if (std::isnan(k.stats[i].logp)) loss = k.stats[i].logp;
+        continue;
+      }
       const float lp = k.stats[i].logp;
       logp.data_ptr<float>()[r] = lp;
       Token token{lp, old ? old[r] : lp, adv[r]};

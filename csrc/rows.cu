@@ -44,28 +44,30 @@ __global__ void __launch_bounds__(kMaxThreads) row_stats_kernel(RowStatsArgs a) 
   }
 }
 
-// sum of exp(z - max), and of exp(z - max) u
+// sum of exp(z - max), and of exp(z - max) (u - base), base the u of the largest z: of a row that
+// is nearly one-hot, u - <q, u> would cancel
 struct Weighted {
-  float max = -kInf, sum = 0.f, dot = 0.f;
-  VG_DEVICE void raise(float m) {
+  float max = -kInf, sum = 0.f, dot = 0.f, base = 0.f;
+  VG_DEVICE void raise(float m, float u) {
     if (m > max) {
       const float k = max > -kInf ? expf(max - m) : 1.f;
-      dot *= k;
+      dot = (dot + sum * (base - u)) * k;
       sum *= k;
       max = m;
+      base = u;
     }
   }
   VG_DEVICE void add(float z, float u) {
     const float e = z == -kInf ? 0.f : expf(z - max);
     sum += e;
-    dot += e == 0.f ? 0.f : e * u;
+    dot += e == 0.f ? 0.f : e * (u - base);
   }
   VG_DEVICE void merge(const Weighted& o) {
     Weighted other = o;
-    raise(o.max);
-    other.raise(max);
+    raise(o.max, o.base);
+    other.raise(max, base);
     sum += other.sum;
-    dot += other.dot;
+    dot += other.dot + other.sum * (other.base - base);  // equal maxima keep their own bases
   }
 };
 
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_grad_kernel(RowGradArgs a) {
     if (u) {
       if (!a.expected) noise = noise_row(a.noise.seed, a.noise.sequence[i], a.noise.position[i]);
       for (int64_t v = int64_t(threadIdx.x) * C; v < vocab; v += step) {
-        float z[C], w[C], top = -kInf;
+        float z[C], w[C];
         load_columns(row, v, vocab, -kInf, z);
         load_columns(u, v, vocab, 0.f, w);
 #pragma unroll
@@ -119,8 +121,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_grad_kernel(RowGradArgs a) {
           if (v + j < vocab) z[j] = scaled(z[j], v + j, a.scale, it);
         perturb(z, v, noise, a, inv_tau);
 #pragma unroll
-        for (int j = 0; j < C; ++j) top = fmaxf(top, z[j]);
-        q.raise(top);
+        for (int j = 0; j < C; ++j) q.raise(z[j], w[j]);
 #pragma unroll
         for (int j = 0; j < C; ++j) q.add(z[j], w[j]);
       }
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_grad_kernel(RowGradArgs a) {
         perturb(z, v, noise, a, inv_tau);
 #pragma unroll
         for (int j = 0; j < C; ++j)
-          if (z[j] != -kInf) dz[j] += per * expf(z[j] - q.max) * (w[j] - mean);
+          if (z[j] != -kInf) dz[j] += per * expf(z[j] - q.max) * ((w[j] - q.base) - mean);
       }
 #pragma unroll
       for (int j = 0; j < C; ++j) dz[j] *= it * slope[j];

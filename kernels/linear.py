@@ -73,7 +73,7 @@ class Grads:
         if costates is not None:
             live = costates.live[part] if live is None else live | costates.live[part]
             u, noise, largest = costates.pulled(part, self.hidden.dtype == torch.float16)
-        c, e, scale = self.scaled(c, e, 1.0, largest)
+        c, e, scale = self.scaled(c, e, 1 / self.scalars[0], largest)
         if u is not None and scale is not None:
             u *= scale
         dz = self.rows.row_grad(
@@ -89,11 +89,11 @@ class Grads:
 
     def scaled(self, c, e, times=1.0, also=None):
         """(c, e, scale): fp16 coefficients `times` what else multiplies them, within its range,
-        as is `also`, the largest of another term."""
+        as is the largest of another term, `also`, multiplied alike."""
         if self.hidden.dtype != torch.float16:
             return c, e, None
         found = [] if c is None else [(torch.maximum(c.abs(), e.abs()) * times).amax()]
-        found += [] if also is None else [also]
+        found += [] if also is None else [also * times]
         largest = torch.stack(found).amax().clamp(min=1e-30)
         scale = torch.exp2(torch.floor(torch.log2(FP16_SCALE / largest)))  # so nothing is rounded
         return *(x if x is None else x * scale for x in (c, e)), scale

@@ -40,21 +40,27 @@ def linear_policy_loss_fwd(
     live = row_weight != 0
     if not beta and not entropy_coef:
         live = live & (advantages != 0)
-    targets = targets.masked_fill(~live, IGNORED)
     given = (advantages, row_weight, old_logp, ref_logp, sampler_logp)
     partials, costates = [], None
     if costate is not None and any(needs):
         third = (seed, tau, costate, embedding, sequence, position, costate_scale)
         costates = linear.Costates(*third)
+    # a row that is read for its costate alone: a NaN there would spoil the gradients unseen
+    carried = torch.zeros_like(live) if costates is None else costates.live & ~live
+    targets = targets.masked_fill(~(live | carried), IGNORED)
+    spoiled = torch.zeros((), dtype=torch.bool, device=hidden.device)
     blocks = 1 if costates is None else 2
     for part in linear.chunks(hidden.shape[0], blocks * weight.shape[0]) or [slice(0, 0)]:
         logits = linear.mm32(hidden[part], weight.t())
         stats = rows.row_stats(logits, bias, targets[part], temperature, softcap, IGNORED)
-        logp[part] = stats[0]
+        if costates is not None:
+            spoiled = spoiled | (carried[part] & stats[0].isnan()).any()
+        logp[part] = stats[0].masked_fill(carried[part], 0)
         tokens = (None if t is None else t[part][:, None] for t in (logp, *given))
         c, e, partial = policy.policy_terms(*tokens, stats[1][:, None], objective)
         partials.append(partial)
         if any(needs) and logits.shape[0]:
             grads.add(part, logits, targets[part], *stats, c[:, 0], e[:, 0], costates)
     loss, counts = policy.totals(partials)
+    loss = loss.masked_fill(spoiled, torch.nan)
     return loss, logp, counts, *grads.finish(as_input=False)

@@ -174,11 +174,12 @@ def _row_grad_kernel(
         active = active | (ci != 0) | (ei != 0)
     if active:
         anchor, weight = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
-        inner = tl.full([], 0.0, tl.float32)
+        inner, base = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
         if u is not None:
             u_row = u + i * u_stride
             if carried:
                 top = tl.full([], -INF, tl.float32)
+                # u is counted from u at the peak: u - <q, u> would cancel where q is one-hot
                 total = tl.zeros([BLOCK], tl.float32)
                 mean = tl.zeros([BLOCK], tl.float32)
                 for start in range(0, V, BLOCK):
@@ -190,8 +191,12 @@ def _row_grad_kernel(
                     k = tl.exp(tl.where(top == -INF, -INF, top - anchor))
                     q = tl.exp(z - anchor)
                     ub = tl.load(u_row + cols, mask=cols < V, other=0.0).to(tl.float32)
+                    if peak > top:
+                        at_peak = tl.max(tl.where(z == peak, ub, -INF), 0)
+                        mean += total * (base - at_peak)
+                        base = at_peak
                     total = total * k + q
-                    mean = mean * k + q * ub
+                    mean = mean * k + q * (ub - base)
                     top = peak
                 anchor = tl.where(top == -INF, 0.0, top)
                 # every warp takes part in these sums: none still reads a row that is made in place
@@ -213,7 +218,7 @@ def _row_grad_kernel(
                 if carried:
                     z = perturbed(z, seed, seq, pos, start, inverse_tau, EXPECTED, BLOCK)
                     ub = tl.load(u_row + cols, mask=cols < V, other=0.0).to(tl.float32)
-                    dz += weight * tl.exp(z - anchor) * (ub - inner)
+                    dz += weight * tl.exp(z - anchor) * ((ub - base) - inner)
             dz *= slope * scale
             tl.store(out_row + cols, dz.to(out.dtype.element_ty), mask=cols < V)
     else:

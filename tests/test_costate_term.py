@@ -147,6 +147,54 @@ def test_one_live_row_among_many(backend):
     assert torch.equal(got[0].abs().sum(-1) != 0, live)
 
 
+@pytest.mark.parametrize("objective", ["grpo", "gspo"])
+def test_nan_in_a_row_with_nothing_but_a_costate_is_said(backend, objective):
+    """Its gradients would be NaN: the loss must not be a number."""
+    x = batch(mask=False)
+    x["advantages"] = torch.zeros(6)
+    x["hidden"] = x["hidden"].clone()
+    x["hidden"][3, 3, 5] = torch.nan
+    with pytest.raises(vgkern.NonFiniteError, match=r"^hidden: .*NaN"):
+        loss_grads(x, backend, objective=objective)
+    if objective == "grpo":
+        with pytest.raises(vgkern.NonFiniteError, match=r"^hidden: .*NaN"):
+            logp_grads(x, backend, lambda o: 0 * o.logp.sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"relaxation": "gumbel"}], ids=str)
+def test_a_peaked_row_keeps_its_digits(backend, options):
+    """u - <q, u> where q is one-hot but for e-14, u in the tens: each row of the gradient, which
+    the others' would hide. (The reference is eager fp32 autograd, whose softmax does cancel.)"""
+    if backend == "torch":
+        pytest.skip("it is what the others are better than")
+    x = batch(v=1035, he=32, mask=False, **options)
+    row, x["temperature"] = x["weight"][x["targets"]], 1.0
+    x["hidden"] = 0.05 * x["hidden"] + 28 * row / row.square().sum(-1, keepdim=True)
+    x["advantages"] = torch.zeros(6)
+    c = dataclasses.replace(x["costate"], value=10 * x["costate"].value)
+    got = loss_grads({**x, "costate": c}, backend)[1][0]
+    up = dataclasses.replace(c, value=c.value.double(), embedding=c.embedding.double())
+    wide = {k: t.double() if k in (*NAMES, "old_logp") else t for k, t in x.items()}
+    want = loss_grads({**wide, "costate": up}, "torch")[1][0]
+    assert ((got - want).norm(dim=-1) <= 1e-4 * want.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.02, 1e-3])
+@pytest.mark.parametrize("carried", [False, True])
+def test_fp16_with_a_low_temperature_stays_in_range(backend, temperature, carried):
+    """1 / temperature multiplies the gradient of the logits, which fp16 holds."""
+    x = batch(mask=False)
+    c = x["costate"]
+    x["weight"] = 0.01 * x["weight"]
+    x |= {k: x[k].half() for k in NAMES}
+    x["temperature"], x["old_logp"] = temperature, None
+    x["costate"] = dataclasses.replace(c, embedding=c.embedding.half()) if carried else None
+    got = loss_grads(x, backend)[1]
+    up = {**x, **{k: x[k].float() for k in NAMES}}
+    for a, b in zip(got, loss_grads(up, "torch")[1], strict=True):
+        assert (a - b).norm() < 4e-3 * b.norm()
+
+
 def test_what_is_given_is_left_alone(backend):
     x = batch(**GUMBEL, tied=True)
     c = dataclasses.replace(x["costate"], value=x["costate"].value.clone().requires_grad_())
@@ -216,6 +264,8 @@ BAD = [
     (changed(value=torch.zeros(6, 4, 9)), ValueError, "costate.value"),
     (changed(value=torch.zeros(6, 5, 9).long()), TypeError, "costate.value"),
     (changed(value=torch.full((6, 5, 9), torch.nan)), vgkern.NonFiniteError, "costate.value"),
+    (changed(value=torch.full((6, 5, 9), 7e4), embedding=torch.zeros(200, 9).half()),
+     vgkern.NonFiniteError, "costate.value"),
     (changed(embedding=torch.zeros(199, 9)), ValueError, "costate.embedding"),
     (changed(embedding=torch.zeros(200)), ValueError, "costate.embedding"),
     (changed(relaxation="straight"), ValueError, "costate.relaxation"),
@@ -223,8 +273,12 @@ BAD = [
     (changed(noise=3), TypeError, "costate.noise"),
     (changed(tau=0.0, noise=vgkern.Noise(0, torch.tensor(0), torch.tensor(0)),
              relaxation="gumbel"), ValueError, "costate.tau"),
+    (changed(tau=1e-37, noise=vgkern.Noise(0, torch.tensor(0), torch.tensor(0)),
+             relaxation="gumbel"), ValueError, "costate.tau"),
     (changed(tau=2.0), ValueError, "costate.tau"),
     (changed(weight=float("nan")), ValueError, "costate.weight"),
+    (changed(weight=1e39), ValueError, "costate.weight"),
+    (changed(weight=1e-46), ValueError, "costate.weight"),
     (changed(weight=True), ValueError, "costate.weight"),
     (changed(noise=vgkern.Noise(0, torch.arange(4), torch.tensor(0)), relaxation="gumbel"),
      ValueError, "noise"),
@@ -260,9 +314,9 @@ print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) /
 
 @pytest.mark.skipif("cpu" not in NATIVE, reason="the cpu backend's own memory")
 def test_peak_memory():
-    """Logits and u of a chunk, 150 MiB together, the fp32 gradients and slack: none of the 393 MiB
+    """Logits and u of a chunk, 200 MiB together, the fp32 gradients and slack: none of the 393 MiB
     that [N, V] logits, noise or u would be, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     gradients = 2 * 4 * (2048 + 50304) * 64 / 2**20
-    assert json.loads(done.stdout) < 150 + gradients + 60
+    assert json.loads(done.stdout) < 200 + gradients + 60

@@ -39,8 +39,8 @@ class Costate:
         embedding: the input table [V, He], of the head's vocabulary; may be the head itself.
         noise: what `linear_sample` drew the targets with; None for "expected".
         relaxation: "gumbel" or "expected", as in `noisy_embedding`.
-        tau: > 0, the temperature of the relaxation; 1 for "expected".
-        weight: a finite factor of the term.
+        tau: > 0, the temperature of the relaxation, from 1e-30 to 1e30; 1 for "expected".
+        weight: a factor of the term; 0, or of a magnitude within fp32.
 
     Raises ValueError or TypeError that names the field; the op checks the shapes.
     """
@@ -56,7 +56,11 @@ class Costate:
         _check.floating("costate.value", self.value)
         _check.floating("costate.embedding", self.embedding, 2)
         relaxed("costate.", self.relaxation, self.tau, self.noise)
-        _check.finite("costate.weight", self.weight)
+        factor = abs(_check.finite("costate.weight", self.weight))
+        fp32 = torch.finfo(torch.float32)
+        if factor and not fp32.tiny <= factor <= fp32.max:
+            allowed = f"0, or a magnitude within fp32, {fp32.tiny:.3g} to {fp32.max:.3g}"
+            raise _check.fail("costate.weight", self.weight, allowed)
 
     def carried(self, live: Tensor, weight: Tensor) -> "Carried | None":
         """What the operators take, for rows like `live` [...] of a head [V, H]; None if 0."""
@@ -74,19 +78,21 @@ class Costate:
             sequence, position = noise.rows(live.shape, live.device)
         if self.weight == 0:
             return None
-        value = self.value.detach().masked_fill(~live[..., None], 0)
+        given = self.value.detach().masked_fill(~live[..., None], 0)
+        value = given.to(table.dtype)  # fp16 may lack its range
         if _check.can_look(value.device) and not bool(value.isfinite().all()):
-            at = (~value.isfinite()).nonzero()[0].tolist()[:-1]
+            at = (~value.isfinite()).nonzero()[0].tolist()
             raise _check.NonFiniteError(
-                f"costate.value: got {float(value[tuple(at)].sum())} at row {at}; allowed: finite "
-                "numbers where a row is neither masked nor ignored"
+                f"costate.value: got {float(given[tuple(at)])} at row {at[:-1]}; allowed: numbers "
+                f"finite in {table.dtype}, the dtype of costate.embedding, where a row is neither "
+                "masked nor ignored"
             )
         if table.stride(1) != 1 or table.stride(0) < width:
             table = table.contiguous()
         stats = torch.float64 if weight.dtype == torch.float64 else torch.float32
         scale = torch.full((), float(self.weight), dtype=stats, device=value.device)
         seed = 0 if noise is None else noise.signed_seed
-        value = value.reshape(-1, width).to(table.dtype).contiguous()
+        value = value.reshape(-1, width).contiguous()
         return Carried(seed, tau, value, table, sequence, position, scale)
 
 

@@ -203,6 +203,8 @@ def relaxed(
         raise _check.fail(f"{of}relaxation", relaxation, " or ".join(map(repr, RELAXATIONS)))
     expected = relaxation == "expected"
     tau = _check.positive(f"{of}tau", tau)
+    if not 1e-30 <= tau <= 1e30:
+        raise _check.fail(f"{of}tau", tau, "1e-30 to 1e30: logits / tau are fp32")
     if expected and tau != 1:
         why = "1.0 with relaxation 'expected', which has no noise to relax"
         raise _check.fail(f"{of}tau", tau, why)
