@@ -13,7 +13,7 @@ from vgkern.costate.analytic import analytic_loss_ref
 from vgkern.train import run, teacher
 from vgkern.train.checkpoint import new_policy, save_checkpoint
 from vgkern.train.config import Config
-from vgkern.train.errors import ConfigError, RunError
+from vgkern.train.errors import ConfigError, RunError, TrainingError
 from vgkern.train.tokenizer import CHARACTERS, CharTokenizer
 
 
@@ -162,19 +162,33 @@ def test_distillation_reaches_its_teacher(tmp_path, folder, estimator, steps):
 def test_a_skipped_step_has_no_divergence_to_report(tmp_path, folder, monkeypatch, skipped):
     real, calls = run.Trainer.gradient, []
 
-    def gradient(self, *args):
-        calls.append(args)
+    def gradient(self, batch, first_pass):
+        calls.append(first_pass)
         if len(calls) in skipped:
             return {"loss": float("nan"), "sampler_gap": float("nan")}
-        return real(self, *args)
+        return real(self, batch, first_pass)
 
     monkeypatch.setattr(run.Trainer, "gradient", gradient)
     out = run.train(dataclasses.replace(TINY, teacher=folder, out=str(tmp_path / "run")))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = [record["distill"] for record in records if "distill" in record]
     text = (out / "summary.txt").read_text()
-    want = f": {found[0]:.3f} -> {found[-1]:.3f} nats" if found else ""
+    want = f": {found[0]:.3f} -> {found[-1]:.3f} nats per token" if found else ""
     assert len(found) == 3 - len(skipped) and f"distilled from {folder}{want}\n" in text
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+@pytest.mark.parametrize("settings", [TERMS[4], {"beta": 0.3, "reward_coef": 0.0, "future": 0.0}])
+def test_sampler_and_trainer_are_compared_where_no_row_is_active(folder, settings, micro):
+    """Neither a reward nor a future: all of the gradient is the direct terms'."""
+    made = trainer(micro_prompts=micro, **with_teacher(settings, folder))
+    _, prompts, rollout = made.sample(1)
+    good = made.update(made.batch(prompts, rollout, torch.arange(16.0) % 3))
+    assert good["active"] == 0 < good["sampler_gap"] < 1e-5
+    wrong = rollout._replace(logp=rollout.logp.clone())
+    wrong.logp[5, 0] += 0.25
+    with pytest.raises(TrainingError, match=r"sampler and trainer disagree .* by"):
+        made.update(made.batch(prompts, wrong, torch.arange(16.0) % 3))
 
 
 def test_the_teacher_is_frozen(folder, monkeypatch):

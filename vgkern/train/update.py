@@ -122,6 +122,8 @@ class Update:
             out = vgkern.linear_policy_loss(*given, advantages, ref_logp=ref, **common)
         if first_pass and self.replay and rollout.sequence is not None:
             more["replay"] = self.replayed(hidden.detach(), rollout, share)
+        if first_pass and not int(out.metrics["active"]):  # the op compares active rows alone
+            more["sampler_gap"] = self.gap(hidden.detach(), rollout)
         return vgkern.PolicyLoss(out.loss, {**out.metrics, **more})
 
     def teachers(self, where: tuple[Any, ...]) -> list[Teacher]:
@@ -143,6 +145,16 @@ class Update:
                 policy.hidden(*where), head.weight, where[1], bias=head.bias,
                 temperature=self.config.temperature, softcap=head.softcap,
             ).logp  # fmt: skip
+
+    def gap(self, hidden: Tensor, rollout: Rollout) -> Tensor:
+        """Largest |logp of trainer - sampler| over all sampled tokens, nats."""
+        head = self.policy.head()
+        with torch.no_grad():
+            logp = vgkern.linear_token_logprobs(
+                hidden, head.weight, rollout.tokens.where(rollout.mask, -100), bias=head.bias,
+                temperature=self.config.temperature, softcap=head.softcap,
+            ).logp  # fmt: skip
+        return (logp - rollout.logp).abs().where(rollout.mask, 0).max()
 
     def replayed(self, hidden: Tensor, rollout: Rollout, share: float) -> Tensor:
         """Share of the sampled tokens that this policy and their own noise choose again."""
