@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import vgkern
 from vgkern import costate
+from vgkern.costate import teacher
 
 transformers = pytest.importorskip("transformers")
 
@@ -133,3 +134,69 @@ def test_the_entropy_of_an_op_with_a_costate_is_not_the_score(backend):
     for score in (logp.sum(), (logp + entropy).sum(), (entropy + logp).sum()):
         with pytest.raises(ValueError, match="objective: holds the log-probability"):
             run.hops(score)
+
+
+HEADS = {
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": D, "head_dim": 8},
+    "falcon_h1": {
+        "mamba_d_ssm": D, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 8,
+        "mamba_n_groups": 1, "head_dim": 8,
+    },
+    "gemma2": {"head_dim": 8},
+}  # fmt: skip
+
+
+def made(kind, **options):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **HEADS[kind], **options})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(100)  # a cap and a scale make a difference
+    return model
+
+
+CAPS = {
+    "recurrent_gemma": "logits_soft_cap",
+    "gemma2": "final_logit_softcapping",
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", CAPS)
+def test_soft_caps_by_other_names(kind, train, monkeypatch):
+    model = made(kind, **{CAPS[kind]: 2.0}).train(train)
+    run = costate.teacher_forced(model, IDS)
+    z = run.softcap * torch.tanh(F.linear(run.hidden, run.weight, run.bias) / run.softcap)
+    assert torch.allclose(z, model(inputs_embeds=run.inputs_embeds).logits, rtol=1e-4, atol=1e-5)
+    assert run.softcap == 2.0 and float(z.detach().abs().max()) > 1.5
+    monkeypatch.setattr(teacher, "SOFTCAPS", ())  # a name that nobody knows
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"model: .* has logits other than .*\(off by up to"):
+            costate.teacher_forced(model, IDS)
+
+
+def test_a_multiplier_of_the_head_is_refused(monkeypatch):
+    message = r"model: FalconH1.* scales its logits \(lm_head_multiplier=3.0\); allowed"
+    model = made("falcon_h1", lm_head_multiplier=3.0)
+    with pytest.raises(ValueError, match=message):
+        costate.teacher_forced(model, IDS)
+    costate.teacher_forced(made("falcon_h1", lm_head_multiplier=1.0), IDS)
+    monkeypatch.setattr(teacher, "SCALES", ())
+    with pytest.raises(ValueError, match=r"model: .* has logits other than"):
+        costate.teacher_forced(model, IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_model_is_looked_at_once_and_left_as_it_was(dtype):
+    model, passes = llama().to(dtype).train(), []
+    model.config.attention_dropout = 0.5
+    model.register_forward_hook(lambda *_: passes.append(1))
+    before = torch.get_rng_state()
+    for _ in range(3):
+        costate.teacher_forced(model, IDS)
+    assert passes == [1] and model.training and not model.base_model._forward_hooks
+    torch.set_rng_state(before)
+    first = costate.teacher_forced(model, IDS).hidden
+    torch.set_rng_state(before)
+    teacher.CHECKED.clear()
+    assert torch.equal(costate.teacher_forced(model, IDS).hidden, first)

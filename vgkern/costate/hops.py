@@ -64,8 +64,9 @@ class Hops:
             (loss + a * D).backward()
 
         is `h.backward(loss without it, weight=a)`, with one recompute of the logits less. A factor
-        of that loss is a factor of the term: for (1 - a) * loss the weight is a / (1 - a). Give the
-        loss the temperature, bias, soft-cap and mask that `hops` got.
+        of that loss is a factor of the term: for (1 - a) * loss the weight is a / (1 - a). At
+        a = 1 no loss is left to carry the term: `h.backward(None, weight=1.0)` then. Give the loss
+        the temperature, bias, soft-cap and mask that `hops` got.
         """
         link = self._link
         relaxation, tau = link.options["relaxation"], link.options["tau"]

@@ -1,6 +1,7 @@
 """One teacher-forced forward pass, with everything that `hops` asks for."""
 
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,10 @@ from torch import Tensor, nn
 from vgkern.costate import _graph
 from vgkern.costate.hops import Hops, hops
 from vgkern.ops import _check
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+CHECKED: WeakKeyDictionary = WeakKeyDictionary()  # model -> the soft-cap its logits agreed with
 
 
 class TeacherForced(NamedTuple):
@@ -38,7 +43,8 @@ def teacher_forced(model: Any, ids: Tensor, mask: Tensor | None = None) -> Teach
     is frozen it is a leaf.
 
     Raises ValueError / TypeError naming the argument, in particular for a model that cannot run
-    from inputs_embeds, or whose hidden states do not depend on it.
+    from inputs_embeds, whose hidden states do not depend on it, or, of Hugging Face, whose logits
+    are not softcap(hidden weight^T + bias): looked at on three tokens, once for each model.
     """
     ids = _check.tensor("ids", ids, "int64 [B, L]")
     if ids.dtype != torch.int64 or ids.ndim != 2:
@@ -56,6 +62,9 @@ def teacher_forced(model: Any, ids: Tensor, mask: Tensor | None = None) -> Teach
         ) from error
     if not _graph.reaches(hidden, x):
         raise ValueError(_remedy(model, "has hidden states that do not depend on inputs_embeds"))
+    if run is _hugging_face and ids.numel() and CHECKED.get(model, ()) != softcap:
+        _check_head(model, x.detach()[:1, :3], weight, bias, softcap)
+        CHECKED[model] = softcap
     table = layer.weight
     if type(layer) is not nn.Embedding:  # may scale its rows
         with torch.no_grad():
@@ -83,12 +92,42 @@ def _hugging_face(model: Any) -> tuple[Any, Any, tuple]:
         raise TypeError(
             f"{_remedy(model, 'has no embeddings or head to ask for')} ({error})"
         ) from error
-    for name in ("logit_scale", "logits_scaling"):
+    for name in SCALES:
         scale = getattr(config, name, None)
         if scale not in (None, 1, 1.0):
             raise ValueError(_remedy(model, f"scales its logits ({name}={scale})"))
+    caps = [getattr(config, name, None) for name in SOFTCAPS]
 
     def call(x: Tensor) -> Tensor:
         return model.base_model(inputs_embeds=x, use_cache=False).last_hidden_state
 
-    return layer, call, (weight, bias, getattr(config, "final_logit_softcapping", None))
+    return layer, call, (weight, bias, next((cap for cap in caps if cap), None))
+
+
+@torch.no_grad()
+def _check_head(
+    model: Any, x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+) -> None:
+    """One forward of a few tokens through all of `model`: dropout may draw as it likes, for hidden
+    states and logits are those of the same pass."""
+    seen: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(
+        lambda module, args, out: seen.append(out.last_hidden_state)
+    )
+    try:
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            logits = model(inputs_embeds=x, use_cache=False).logits
+    finally:
+        hook.remove()
+    if not seen:
+        raise ValueError(_remedy(model, "does not make its logits from its base_model"))
+    z = nn.functional.linear(seen[-1], weight, bias).to(logits.dtype)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    gap = float((z.double() - logits.double()).abs().max()) if z.shape == logits.shape else None
+    rounding = max(16 * torch.finfo(seen[-1].dtype).eps, 1e-4)
+    if gap is None or not gap <= rounding * float(logits.abs().max()):
+        what = f"shape {list(logits.shape)}" if gap is None else f"off by up to {gap:.3g}"
+        raise ValueError(
+            _remedy(model, f"has logits other than those of its head and soft-cap ({what})")
+        )
