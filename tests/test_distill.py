@@ -99,7 +99,7 @@ def test_micro_batches_give_the_same_gradient_and_metrics(folder, settings, esti
     made.config = dataclasses.replace(made.config, micro_prompts=1)
     parts = made.gradient(whole, True)
     assert (gradient(made) - want).norm() < 1e-5 * want.norm() != 0
-    for name in set(metrics) & {"kl", "distill", "entropy"}:
+    for name in set(metrics) & {"kl", "distill", "entropy", "future"}:
         assert parts[name] == pytest.approx(metrics[name], rel=1e-4), name
     assert ("distill" in metrics) == ("teacher" in settings)
 

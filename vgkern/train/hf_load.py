@@ -49,6 +49,7 @@ class HFTokenizer:
 def load(name: str, *, device: str = "cpu", line: bool = True) -> tuple[HFPolicy, HFTokenizer]:
     """Policy and tokenizer from "smollm2", a .gguf file, a checkpoint folder or a hub name."""
     try:
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise ValueError(f"model {name!r} needs transformers: {INSTALL}") from None
@@ -56,7 +57,7 @@ def load(name: str, *, device: str = "cpu", line: bool = True) -> tuple[HFPolicy
     try:
         tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(source), line)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # the last: a file cut short
         raise ValueError(
             f"model {name!r}: no checkpoint folder, and not loadable by that name ({error});"
             " allowed: smollm2, a .gguf file, a folder with config.json, a Hugging Face name"

@@ -186,6 +186,7 @@ def merge(parts: list[dict[str, float]], analytic: bool) -> dict[str, float]:
         else:
             all_of = name in OF_TOKENS and (analytic or name != "entropy")
             weights = [part["tokens" if all_of else "active"] for part in parts]
-            weighted = sum(v * w for v, w in zip(values, weights, strict=True))
-            merged[name] = weighted / max(1.0, sum(weights))
+            power = 2 if name == "future" else 1  # a root mean square
+            weighted = sum(v**power * w for v, w in zip(values, weights, strict=True))
+            merged[name] = (weighted / max(1.0, sum(weights))) ** (1 / power)
     return merged
