@@ -112,9 +112,7 @@ void pulled(const float* z, float* u, const float* w, int64_t n, float scale, fl
 
 }  // namespace
 
-#define VG_CAT2(a, b) a##b
-#define VG_CAT(a, b) VG_CAT2(a, b)
-extern const CostateKernels VG_CAT(costate_, VG_ISA);
-const CostateKernels VG_CAT(costate_, VG_ISA) = {weigh, perturb, pulled};
+extern const CostateKernels VG_OF_ISA(costate_);
+const CostateKernels VG_OF_ISA(costate_) = {weigh, perturb, pulled};
 
 }  // namespace vgkern

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "linear_space.h"
+
 namespace vgkern {
 
 namespace {
@@ -13,10 +15,6 @@ constexpr double kMargin = 0.85;  // of the tolerance: what the choosing probes 
 constexpr double kShares[] = {1. / 64, 1. / 32, 1. / 16, 3. / 32, 1. / 8,  5. / 32,
                               3. / 16, 1. / 4,  5. / 16, 3. / 8,  7. / 16, 1. / 2};
 constexpr int64_t kSteps = sizeof(kShares) / sizeof(*kShares), kBuckets = kSteps + 1;
-
-Tensor view(float* p, int64_t n, int64_t m) {
-  return at::from_blob(p, {n, m}, at::TensorOptions().dtype(at::kFloat));
-}
 
 // Random signs [h, kProbes], the same in every call: a fixed hash of the index.
 Tensor signs(int64_t h) {
@@ -39,12 +37,6 @@ double squares(const float* x, int64_t n) {
 
 int64_t columns(int64_t step, int64_t v) { return int64_t(std::ceil(kShares[step] * double(v))); }
 
-template <class T>
-T* sized(std::vector<T>& v, int64_t n) {
-  if (int64_t(v.size()) < n) v.resize(n);
-  return v.data();
-}
-
 }  // namespace
 
 Sparse::Sparse(const Head& head, double tolerance, bool pairs)
@@ -66,7 +58,7 @@ Sparse::Sparse(const Head& head, double tolerance, bool pairs)
 void Sparse::measure(const float* block, int64_t stride, int64_t tile, int64_t live,
                      const float* lean) {
   const int64_t v = head_.v;
-  float *norm = sized(norm_, v), *sum = sized(lean_, v);
+  float *norm = room(norm_, v), *sum = room(lean_, v);
   std::fill_n(norm, v, 0.f);
   std::fill_n(sum, v, 0.f);
   constexpr int64_t kBlock = 512;
@@ -93,7 +85,7 @@ void Sparse::measure(const float* block, int64_t stride, int64_t tile, int64_t l
     keys[j] = (uint64_t(~bits) << 32) | uint64_t(j);
   }
   std::sort(keys.begin(), keys.end());
-  int32_t *order = sized(order_, v), *rank = sized(rank_, v);
+  int32_t *order = room(order_, v), *rank = room(rank_, v);
   for (int64_t j = 0; j < v; ++j) {
     order[j] = int32_t(uint32_t(keys[j]));
     rank[order[j]] = int32_t(j);
@@ -103,15 +95,15 @@ void Sparse::measure(const float* block, int64_t stride, int64_t tile, int64_t l
 Tensor Sparse::head_rows(const int64_t* ids, int64_t n) {
   const int64_t h = head_.h;
   if (pairs_) {
-    uint16_t* w = sized(rows16_, n * h);
+    uint16_t* w = room(rows16_, n * h);
     for_rows(n, [&](int64_t i) { std::memcpy(w + i * h, row_ptr(head_.weight, ids[i]), 2 * h); });
     return at::from_blob(w, {n, h}, at::TensorOptions().dtype(at::kBFloat16));
   }
-  float* w = sized(rows_, n * h);
+  float* w = room(rows_, n * h);
   for_rows(n, [&](int64_t i) {
     rows().widen(head_.dtype, row_ptr(head_.weight, ids[i]), w + i * h, h);
   });
-  return view(w, n, h);
+  return block_view(w, n, h);
 }
 
 bool Sparse::chunk(const float* block, int64_t stride, int64_t tile, int64_t live,
@@ -227,11 +219,11 @@ bool Sparse::chunk(const float* block, int64_t stride, int64_t tile, int64_t liv
   std::vector<int64_t> ids(order_.begin(), order_.begin() + most);
   std::sort(ids.begin(), ids.begin() + few);
   std::sort(ids.begin() + few, ids.end());
-  float* kept = pairs_ ? nullptr : sized(gathered_, live * most);
-  uint16_t* kept16 = pairs_ ? sized(gathered16_, live * most) : nullptr;
+  float* kept = pairs_ ? nullptr : room(gathered_, live * most);
+  uint16_t* kept16 = pairs_ ? room(gathered16_, live * most) : nullptr;
   for_rows(live, [&](int64_t i) {
     thread_local std::vector<float> row;
-    float* to = pairs_ ? sized(row, most) : kept + i * most;
+    float* to = pairs_ ? room(row, most) : kept + i * most;
     for (int64_t j = 0; j < most; ++j) {
       const int64_t t = ids[j] / tile, n = std::min(tile, v - t * tile);
       to[j] = block[t * stride + i * n + ids[j] - t * tile];
@@ -239,7 +231,7 @@ bool Sparse::chunk(const float* block, int64_t stride, int64_t tile, int64_t liv
     if (pairs_) rows().narrow(kBF16, to, kept16 + i * most, most);
   });
   Tensor dz = pairs_ ? at::from_blob(kept16, {live, most}, at::TensorOptions().dtype(at::kBFloat16))
-                     : view(kept, live, most);
+                     : block_view(kept, live, most);
 
   if (dweight) {
     Tensor part = at::mm(dz.narrow(1, 0, u_w).t(), hidden);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 COMMANDS = {
     "train": "train a language model with RL (--help lists every setting)",
@@ -38,34 +39,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(arguments: list[str]) -> int:
     from vgkern.train.config import load_config
-    from vgkern.train.errors import RunError
 
-    try:
+    def run() -> None:
         config = load_config(arguments)
-        from vgkern.train.run import train as run
+        from vgkern.train.run import train
 
-        run(config)
-    except RunError as error:
-        print(f"vgkern train: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nvgkern train: interrupted; metrics so far are kept", file=sys.stderr)
-        return 130
-    return 0
+        train(config)
+
+    return _ended("train", run, "metrics so far are kept")
 
 
 def probe(arguments: list[str]) -> int:
+    def run() -> None:
+        from vgkern.train.probe import main
+
+        main(arguments)
+
+    return _ended("probe", run, "nothing was written")
+
+
+def _ended(command: str, run: Callable[[], None], interrupted: str) -> int:
+    """The exit status; an error of the run is one line."""
     from vgkern.train.errors import RunError
 
     try:
-        from vgkern.train.probe import main as run
-
-        run(arguments)
+        run()
     except RunError as error:
-        print(f"vgkern probe: {error}", file=sys.stderr)
+        print(f"vgkern {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nvgkern probe: interrupted; nothing was written", file=sys.stderr)
+        print(f"\nvgkern {command}: interrupted; {interrupted}", file=sys.stderr)
         return 130
     return 0
 
