@@ -48,7 +48,8 @@ def main() -> None:
         start = time.perf_counter()
         trainer.optimizer.zero_grad(set_to_none=True)
         with modes[mode]() as p:
-            loss, _ = trainer.loss(prompts, rollout, advantages, trainer.normalizer(rollout), True)
+            part = (prompts, rollout, advantages, trainer.normalizer(rollout))
+            loss, _ = trainer.parts.loss(*part, first_pass=True)
             loss.backward()
         if p is not None:
             norms = p.result().norms

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vgkern import objectives
 from vgkern.ops.linear_divergence import KINDS
 
 from .errors import ConfigError
@@ -74,6 +75,9 @@ class Config:
     weight_decay: float = _option(0.0, "AdamW's weight decay", 0)
     grad_clip: float = _option(1.0, "largest gradient norm", 0)
     updates_per_batch: int = _option(1, "optimizer steps on each batch of samples", 1)
+    sparse_tol: float = _option(
+        0.0, "relative error the output layer's gradients may have; 0: exact products", 0, 0.5
+    )
     micro_prompts: int = _option(0, "prompts per backward pass; 0: all at once", 0)
     replay_every: int = _option(1, "steps between replays of the sampler's noise; 0: never", 0)
     shuffle_rewards: bool = _option(False, "control: rewards dealt to random samples")
@@ -96,6 +100,23 @@ class Config:
             raise ConfigError(
                 f"distill_kind: got {self.distill_kind!r}; allowed: 'reverse_kl' with kl_estimator "
                 f"'sampled': the student's own tokens are samples of no other"
+            )
+
+        self._check_sparse()
+
+    def _check_sparse(self) -> None:
+        if not self.sparse_tol:
+            return
+        whole = self.kl_estimator == "analytic" and (self.beta or self.entropy_coef or self.teacher)
+        if whole:
+            raise ConfigError(
+                f"sparse_tol: got {self.sparse_tol!r} with analytic terms, which need every column "
+                f"of the vocabulary; allowed: 0, or kl_estimator = 'sampled'"
+            )
+        if not objectives.resolve(self.objective).row_local:
+            raise ConfigError(
+                f"sparse_tol: got {self.sparse_tol!r} with objective {self.objective!r}, whose "
+                f"ratio is of a sequence; allowed: 0, or an objective with a ratio per token"
             )
 
     @property

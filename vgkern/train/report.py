@@ -88,7 +88,21 @@ def speed(trainer: Trainer) -> list[str]:
                 f"  replayed noise: {trainer.replay:.2%} of the tokens chosen again, at the least"
             ]
         ),
+        *_sparse(steps),
         f"  warm start, RL and evaluations {trainer.log.records[-1]['time']:.0f} s",
+    ]
+
+
+def _sparse(steps: list[dict[str, Any]]) -> list[str]:
+    """What `sparse_tol` left out, if it was on."""
+    found = [step for step in steps if "sparse_error_dh" in step]
+    if not found:
+        return []
+    dh, dw = (statistics.median(s[f"sparse_columns_{k}"] for s in found) for k in ("dh", "dw"))
+    worst = max(max(s["sparse_error_dh"], s["sparse_error_dw"]) for s in found)
+    return [
+        f"  columns of the output layer multiplied: {dh:.1%} for dh, {dw:.1%} for dW (medians); "
+        f"estimated error at most {worst:.1e}"
     ]
 
 

@@ -119,7 +119,9 @@ class Update:
                     discount=config.discount, own=True,
                 )  # fmt: skip
             ref = None if self.reference is None else self.logp(self.reference, where)
-            out = vgkern.linear_policy_loss(*given, advantages, ref_logp=ref, **common)
+            out = vgkern.linear_policy_loss(
+                *given, advantages, ref_logp=ref, sparse_tol=config.sparse_tol or None, **common
+            )
         if first_pass and self.replay and rollout.sequence is not None:
             more["replay"] = self.replayed(hidden.detach(), rollout, share)
         if first_pass and not int(out.metrics["active"]):  # the op compares active rows alone
@@ -186,7 +188,7 @@ def merge(parts: list[dict[str, float]], analytic: bool) -> dict[str, float]:
         else:
             all_of = name in OF_TOKENS and (analytic or name != "entropy")
             weights = [part["tokens" if all_of else "active"] for part in parts]
-            power = 2 if name == "future" else 1  # a root mean square
+            power = 2 if name == "future" or name.startswith("sparse_error") else 1  # mean square
             weighted = sum(v**power * w for v, w in zip(values, weights, strict=True))
             merged[name] = (weighted / max(1.0, sum(weights))) ** (1 / power)
     return merged
