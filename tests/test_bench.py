@@ -93,7 +93,16 @@ def test_offline_floor_by_hand():
     assert offline.head_bytes("linear_policy_loss", 4, 2, 8) == 2 * 2 * (4 + 8) * 2
     llama = next(f for f in offline.floors() if f["shape"] == "llama-3-8b")
     assert llama["flops"] == 6 * 8192 * 4096 * 128256
-    assert llama["floor_s"]["90"] == pytest.approx(llama["flops"] / 989e12)
+    assert llama["floor_s"]["90"] == pytest.approx(llama["flops"] / 989.5e12)
+
+
+def test_peaks_are_those_that_pytorch_has_of_the_data_sheets():
+    known = pytest.importorskip("torch._inductor.analysis.device_info")._device_mapping
+    assert offline.PEAKS
+    for gpu, memory, flops in offline.PEAKS.values():
+        sheet = known["NVIDIA " + gpu.split()[0]]
+        assert memory == sheet.dram_bw_gbs * 1e9
+        assert flops == sheet.tops[torch.bfloat16] / sheet.tops_sparsity_factor * 1e12
 
 
 def test_bare_products_are_the_products():

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -39,6 +40,34 @@ def test_an_absent_rival_is_a_reason(kind, monkeypatch):
     if kind.name in ("quack", "FlashInfer"):
         with pytest.raises(Skip, match=f"not installed: pip install {kind.package}"):
             kind().load(torch.device("cuda"))
+
+
+def test_adapters_of_gpu_only_libraries(monkeypatch):
+    """Stand-ins for the libraries: what is called, with what, and what comes out."""
+    quack = types.SimpleNamespace(cross_entropy=torch.nn.functional.cross_entropy)
+    sampling = types.SimpleNamespace(sampling_from_logits=lambda z: z.argmax(-1).int())
+    monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(cross_entropy=quack))
+    monkeypatch.setitem(sys.modules, "quack.cross_entropy", quack)
+    monkeypatch.setitem(sys.modules, "flashinfer", types.SimpleNamespace(sampling=sampling))
+    monkeypatch.setitem(sys.modules, "flashinfer.sampling", sampling)
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    logp, token = logits.log_softmax(-1).max(-1)
+    x = {"logits": logits, "targets": token, "hidden": logits, "weight": torch.eye(9)}
+    has = {
+        "quack": ("token_logprobs", (logp, None)),
+        "FlashInfer": ("linear_sample", (token, logp, None)),
+    }
+    for kind in [r for r in RIVALS if r.name in has]:
+        op, expected = has[kind.name]
+        with pytest.raises(Skip, match="GPU only"):
+            kind().load(CPU)
+        (rival := kind()).load(torch.device("cuda"))
+        torch.testing.assert_close(rival.forward(op)(x), expected)
+        assert rival.note(op) == "no entropy"
+        with pytest.raises(Skip, match="no such op"):
+            rival.forward("group_advantages")
+    with pytest.raises(Skip, match="one loss for all tokens"):
+        next(r for r in RIVALS if r.name == "quack")().forward("linear_policy_loss")
 
 
 class Wrong(Rival):

@@ -1,7 +1,8 @@
 """`--base REF`: this working tree against another commit, A B A B, each in a process of its own.
 
 The commit is checked out by `git worktree` into a temporary folder and builds its own native
-kernels (the cache keeps them). Both processes live for the whole run and take turns at samples.
+kernels (the cache keeps them). Both processes live for the whole run and take turns at samples; one
+that dies costs the row it was at, and the next row has a new one.
 """
 
 import contextlib
@@ -16,34 +17,56 @@ from typing import Any
 
 import torch
 
-from . import machine, roof
+from . import machine, record, roof
 from .clock import Call, Timing, paired
 from .compare import NOISES
 from .plan import Options, plan, roof_types
 from .rivals import DEFAULT
-from .run import clock_for, say
+from .run import clock_for
 from .table import duration
 from .work import Work
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("worker.py")
 LIMIT = 20.0  # seconds of one group
 
 
 class Failed(Exception):
-    """A process could not do what it was asked; the message is what it said."""
+    """A process could not do what it was asked; the message is which one and what it said."""
+
+    def __init__(self, side: str, why: str) -> None:
+        super().__init__(f"{side}: {why}")
+        self.side = side
 
 
 class Process:
     """One version of the code; calling it takes a sample."""
 
-    def __init__(self, tree: Path, backend: str) -> None:
-        path = [str(tree)] + [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-        worker = Path(__file__).with_name("worker.py")
+    def __init__(self, side: str, tree: Path, backend: str) -> None:
+        self.side, self.tree, self.backend = side, tree, backend
+        self.open()
+
+    def open(self) -> None:
+        path = [str(self.tree)]
+        path += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(worker), backend], cwd=tree, env=env, text=True,
+            [sys.executable, "-P", str(WORKER), self.backend], cwd=self.tree, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        try:
+            where = self.ask("hello", threads=torch.get_num_threads())["where"]
+            if Path(where).resolve() != (self.tree / "vgkern").resolve():
+                raise Failed(self.side, f"its process has vgkern from {where}")
+        except Failed:
+            self.close()
+            raise
+
+    def start(self, work: Work, device: torch.device) -> None:
+        if self.process.poll() is not None:  # it died at an earlier row
+            self.close()
+            self.open()
+        self.ask("start", work=vars(work), device=device.type)
 
     def ask(self, do: str, **order: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -54,17 +77,20 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise Failed(f"its process ended with {self.process.wait()}")
+            raise Failed(self.side, f"its process ended with {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise Failed(answer["error"])
+            raise Failed(self.side, answer["error"])
         return answer
 
     def __call__(self) -> None:
         raise TypeError("sampled by RemoteClock")
 
     def close(self) -> None:
-        self.process.stdin.close()  # type: ignore[union-attr]
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # an order that a dead one never read
+            self.process.stdin.close()
+        self.process.stdout.close()
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -102,47 +128,51 @@ def checkout(ref: str) -> Iterator[tuple[Path, str]]:
             subprocess.run([*git, "remove", "--force", str(tree)], capture_output=True)
 
 
-def run(ref: str, options: Options, threshold: float, out: Path | None = None) -> int:
-    """Prints this / base for every group; 1 beyond the threshold and the noise, 2 without any."""
+def run(ref: str, options: Options, threshold: float, out: Path) -> int:
+    """Prints this / base for every group and keeps it in `out`/base.json, row by row. 1 when a row
+    is beyond the threshold and the noise, or fails in this tree only; 2 without any row."""
     device, clock = options.device, clock_for(options.device)
     backend = (options.backends or DEFAULT[device.type])[0]
     alone = Options(**{**vars(options), "rivals": (), "backends": (backend,)})
     rates = roof.measure(device, clock, roof_types(options), 0.5)
     works = [w for w in plan(alone, rates, machine.free_bytes(device) / 2) if w.sweep != "rows"]
+    found: dict[str, Any] = {"machine": machine.machine(device), "versions": machine.versions()}
+    rows = found["rows"] = []
     with checkout(ref) as (tree, commit), contextlib.ExitStack() as stack:
         print(f"this tree against {ref} ({commit[:9]}), vgkern {backend}, {device.type}")
-        sides = {"base": Process(tree, backend), "this": Process(ROOT, backend)}
-        for name, side in sides.items():
-            stack.callback(side.close)
-            where = Path(side.ask("hello", threads=torch.get_num_threads())["where"])
-            if where.resolve() != ((tree if name == "base" else ROOT) / "vgkern").resolve():
-                raise ValueError(f"--base: the process of {name} has vgkern from {where}")
+        found["base"], sides = commit, {}
+        for name, where in (("base", tree), ("this", ROOT)):
+            try:
+                sides[name] = Process(name, where, backend)
+            except Failed as why:
+                raise ValueError(f"--base: {why}") from why
+            stack.callback(sides[name].close)
         print(f"  {'':<70}{'base':>9}{'this':>9}{'ratio':>7}{'noise':>7}", flush=True)
-        rows = []
         for work in works:
-            if (row := _one(work, sides, alone, threshold)) is not None:
-                rows.append(row)
-    worse = sum(r["slower"] for r in rows)
-    print(f"{len(rows)} groups, {worse} slower by more than {threshold:.2f}x and the noise")
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        found = {"base": commit, "machine": machine.machine(device), "rows": rows}
-        found["versions"] = machine.versions()
-        (out / "base.json").write_text(json.dumps(found, indent=1) + "\n")
-    return 2 if not rows else int(worse > 0)
+            rows.append(_one(work, sides, alone, threshold))
+            record.write(out / "base.json", found)
+    timed = [r for r in rows if "failed" not in r]
+    worse = sum(r["slower"] for r in timed)
+    print(f"{len(timed)} groups, {worse} slower by more than {threshold:.2f}x and the noise")
+    if len(timed) < len(rows):
+        print(f"{len(rows) - len(timed)} failed")
+    if rows:
+        print(f"written: {out / 'base.json'}")
+    return 2 if not timed else int(worse > 0 or any(r.get("side") == "this" for r in rows))
 
 
 def _one(
     work: Work, sides: dict[str, Process], options: Options, threshold: float
-) -> dict[str, Any] | None:
-    for name, side in sides.items():
-        try:
-            side.ask("start", work=vars(work), device=options.device.type)
-        except Failed as why:
-            say(f"  {work}: {name}: {why}")
-            return None
+) -> dict[str, Any]:
+    """The row: its times, or which side failed and why."""
     runs: dict[str, Sequence[Call]] = {k: [side] for k, side in sides.items()}
-    times = paired(runs, "base", RemoteClock(options.device), 2 * options.rounds, LIMIT)
+    try:
+        for side in sides.values():  # the base first: what it lacks is no failure of this tree
+            side.start(work, options.device)
+        times = paired(runs, "base", RemoteClock(options.device), 2 * options.rounds, LIMIT)
+    except Failed as why:
+        print(f"  {work!s:<70} failed, {why}", flush=True)
+        return {**vars(work), "failed": str(why), "side": why.side}
     this: Timing = times["this"]
     slower = this.ratio > max(threshold, 1 + NOISES * this.noise)
     print(

@@ -1,6 +1,7 @@
 """`python -m vgkern bench`: the arguments, and what is written where."""
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -80,24 +81,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         p.error(f"argument --threshold: got {given.threshold}; allowed: from 1")
     if given.device == "cuda" and not torch.cuda.is_available():
         p.error("argument --device: got cuda; torch finds no CUDA device")
+    asked = options(given)
+    out = given.out or folder(asked.device)
+    path = out / ("base.json" if given.base else "bench.json")
+    before = _stamp(path)
     try:
         if given.compare:
-            before, after = (read(path) for path in given.compare)
-            return compare.files(before, after, given.threshold)
+            a, b = (read(path) for path in given.compare)
+            return compare.files(a, b, given.threshold)
         if given.threads:
             torch.set_num_threads(given.threads)
-        asked = options(given)
         if given.base:
             from . import base
 
-            return base.run(given.base, asked, given.threshold, given.out)
-        return _run(asked, given.out or folder(asked.device), not given.no_plots)
+            return base.run(given.base, asked, given.threshold, out)
+        return _run(asked, out, not given.no_plots)
     except (ValueError, OSError) as error:
         print(f"vgkern bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nvgkern bench: interrupted; bench.json has what was measured", file=sys.stderr)
+        print(f"\nvgkern bench: interrupted; {_kept(path, before)}", file=sys.stderr)
         return 130
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What differs once the file is written anew."""
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+
+def _kept(path: Path, before: tuple[int, int] | None) -> str:
+    if _stamp(path) == before:  # none, or one of an earlier run
+        return "nothing was written"
+    return f"{len(json.loads(path.read_text())['rows'])} rows are in {path}"
 
 
 def folder(device: torch.device) -> Path:

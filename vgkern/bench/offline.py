@@ -13,10 +13,12 @@ from .work import PRODUCTS
 
 ARCH = 90
 HEADING = "GPU: not timed"
-PEAKS = {  # data sheets: GPU, memory bytes/s, dense bf16 flop/s with fp32 sums
-    80: ("A100 80 GB SXM", 2.039e12, 312e12),
-    90: ("H100 SXM", 3.35e12, 989e12),
-    100: ("B200", 8.0e12, 2.25e15),
+# GPU, memory bytes/s, dense bf16 flop/s. Source: NVIDIA's data sheets as PyTorch quotes them, with
+# their addresses, in torch/_inductor/analysis/device_info.py (2.13; it has none of a B200); the
+# H100's 1979 Tflop/s are with sparsity, which doubles them. A test compares.
+PEAKS = {
+    80: ("A100 80 GB SXM", 2.039e12, 312.5e12),
+    90: ("H100 SXM", 3.35e12, 989.5e12),
 }
 SHOWN = ("smollm2-135m", "llama-3-8b", "qwen3-32b")
 HOW = "python -m vgkern doctor --kernels"

@@ -62,10 +62,15 @@ class Report:
             self.skipped.append({"what": what, "why": why})
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        part.replace(path)
+        write(path, dataclasses.asdict(self))
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """As JSON, at once: whoever reads sees the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(path)
 
 
 def read(path: Path) -> Report:

@@ -1,7 +1,9 @@
 """What an adapter is. It calls the library; it holds no copy of its code."""
 
+import importlib
 import importlib.metadata
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,3 +50,29 @@ class Rival:
         if missing.split(".")[0] == self.package.replace("-", "_") or self.version() == "absent":
             return Skip(f"not installed: pip install {self.package}")
         return Skip(f"{self.package} {self.version()} does not import: {error}")
+
+
+class GpuOp(Rival):
+    """A library that has one of the ops, on a GPU, without its entropy."""
+
+    op, module, function = "", "", ""
+    call: Any
+
+    def outputs(self, x: Inputs) -> Outputs:
+        raise NotImplementedError
+
+    def load(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise Skip("GPU only")
+        try:
+            self.call = getattr(importlib.import_module(self.module), self.function)
+        except ImportError as error:
+            raise self.absent(error) from error
+
+    def forward(self, op: str) -> Forward:
+        if op != self.op:
+            raise Skip("it has no such op")
+        return self.outputs
+
+    def note(self, op: str) -> str:
+        return "no entropy"
