@@ -72,16 +72,14 @@ def linear_divergence_bwd(
     if any(needs):
         dead = ~row_mask | (divergence == torch.inf)
         c, e = (g.masked_fill(dead, 0) for g in (ddivergence, dentropy))
-        fp32, fp16 = (hidden.dtype == d for d in (torch.float32, torch.float16))
+        steep = torch.full_like(divergence, 1 / temperature)
+        if kind == 1:  # |p (log p - log q - KL)| <= 1 + 2 KL
+            steep = steep * (1 + 2 * divergence.masked_fill(dead, 0))
         for part in linear.chunks(hidden.shape[0], 2 * vocab):
             z = linear.mm32(hidden[part], weight.t())
             t = linear.mm32(teacher_hidden[part], teacher_weight.t())
-            ci, ei, scale = c[part], e[part], None
-            if fp16:  # a power of two, so that nothing is rounded by it
-                largest = torch.maximum(ci.abs().amax(), ei.abs().amax()).clamp(min=1e-30)
-                scale = torch.exp2(torch.floor(torch.log2(linear.FP16_SCALE / largest)))
-                ci, ei = ci * scale, ei * scale
-            out = z if fp32 else torch.empty_like(z, dtype=hidden.dtype)
+            ci, ei, scale = grads.scaled(c[part], e[part], steep[part])
+            out = grads.place(z)
             with torch.cuda.device_of(z):
                 _divergence_grad_kernel[(z.shape[0],)](
                     z, t, lse[part], teacher_lse[part], ci, ei, out, vocab, 1 / temperature,
