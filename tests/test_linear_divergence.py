@@ -96,6 +96,28 @@ def test_small_divergences_do_not_drown(backend, kind, step):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 2e-3])
+def test_fp16_keeps_every_row_in_range(backend, kind, temperature):
+    """What arrives from above differs by 1e6 between rows; at the low temperature the reverse KL
+    is in the thousands, and its gradient beyond fp16 before the loss brings it back."""
+    h, w, th, tw = models(n=6, dtype=torch.float16)
+    up = torch.tensor([1.0, 1e-6, 3e-2, 1e-4, 1e-5, 1e-3]) * 2.0**10 * temperature
+    if kind == "reverse_kl":
+        up *= temperature
+    h.requires_grad_()
+    out = vgkern.linear_divergence(
+        h, w, th, tw, kind=kind, temperature=temperature, backend=backend
+    )
+    (got,) = torch.autograd.grad((out.divergence * up).sum(), h)
+    x = [t.detach().double() for t in (h, w, th, tw)]
+    x[0].requires_grad_()
+    want = by_kl_div(x[0] @ x[1].T / temperature, x[2] @ x[3].T / temperature, kind)
+    (want,) = torch.autograd.grad((want * up.double()).sum(), x[0])
+    error, size = (got - want).norm(dim=-1), want.norm(dim=-1)
+    assert (error <= 4e-3 * size + 16**0.5 * 2.0**-25).all()  # of fp16 itself, subnormal
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_masked_rows_are_not_looked_at(backend, kind):
     h, w, th, tw = models()
     mask = torch.arange(9) % 3 != 1
