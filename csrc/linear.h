@@ -65,11 +65,14 @@ class Costates {
   bool expected() const { return !sequence_; }
   RaceKey key(int64_t row) const;
   const Head table;  // value [N, He] times embedding [V, He]: u as a head's logits
-  const float inv_tau, scale;
+  const float inv_tau;
+  float scale(int64_t row) const { return scale_ ? scale_[many_scales_ ? row : 0] : 1.f; }
 
  private:
   uint64_t seed_;
   const int64_t *sequence_ = nullptr, *position_ = nullptr;  // null: relaxation "expected"
+  const float* scale_ = nullptr;                             // of u: one, or one per row; null: 1
+  bool many_scales_ = false;
   std::vector<char> live_;
 };
 

@@ -28,13 +28,16 @@ Costates::Costates(const Head& head, const Tensor& value, const Tensor& embeddin
                    const OptTensor& sequence, const OptTensor& position, double tau,
                    const OptTensor& scale)
     : table(value, embedding, std::nullopt, 1.0, 0.0), inv_tau(sequence ? float(1.0 / tau) : 1.f),
-      scale(scale ? *f32_rows(scale, 1, "costate_scale") : 1.f), seed_(uint64_t(seed)),
-      live_(head.n) {
+      seed_(uint64_t(seed)), live_(head.n) {
   TORCH_CHECK(table.n == head.n && table.v == head.v, "vgkern: rows or vocabularies differ");
   TORCH_CHECK(sequence.has_value() == position.has_value(), "vgkern: sequence and position");
   if (sequence) {
     sequence_ = i64_rows(*sequence, head.n, "sequence");
     position_ = i64_rows(*position, head.n, "position");
+  }
+  if (scale) {
+    many_scales_ = scale->dim() == 1;
+    scale_ = f32_rows(*scale, many_scales_ ? head.n : 1, "costate_scale");
   }
   for_rows(head.n, [&](int64_t i) {
     thread_local std::vector<float> row;
@@ -145,7 +148,7 @@ void LinearRows::third_term(const Chunk& k) {
       });
     }
     const bool none = top == -inf;  // every id is blocked
-    const float scale = costates_->scale * inv_tau * tr.inv_temperature / s.sum;
+    const float scale = costates_->scale(k.rows[i]) * inv_tau * tr.inv_temperature / s.sum;
     tiles([&](const float* z, float* u, float* x, int64_t n, int64_t) {
       if (none)
         std::fill_n(u, n, 0.f);

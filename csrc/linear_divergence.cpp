@@ -12,6 +12,12 @@ RowStats whole_row(float* z, int64_t v) {
   return finish(s);
 }
 
+// of the soft-cap, from its value z; 0 where an id is blocked
+void slope(const float* z, float* out, int64_t v, const Transform& tr) {
+  const float k = 1.f / (tr.inv_temperature * tr.softcap);
+  for (int64_t j = 0; j < v; ++j) out[j] = z[j] < -3e38f ? 0.f : 1.f - (z[j] * k) * (z[j] * k);
+}
+
 std::vector<int64_t> where(const Tensor& mask, int64_t n) {
   TORCH_CHECK(mask.scalar_type() == at::kBool && mask.is_contiguous() && mask.numel() == n,
               "vgkern: row_mask must be contiguous bool [", n, "]");
@@ -28,9 +34,10 @@ struct Pair {
   Tensor z, t;
   HeadBlock left, right;
   Pair(const Tensor& hidden, const Tensor& weight, const Tensor& teacher_hidden,
-       const Tensor& teacher_weight, double temperature, int64_t count)
-      : student(hidden, weight, std::nullopt, temperature, 0.0),
-        teacher(teacher_hidden, teacher_weight, std::nullopt, temperature, 0.0),
+       const Tensor& teacher_weight, double temperature, double softcap, double teacher_softcap,
+       int64_t count)
+      : student(hidden, weight, std::nullopt, temperature, softcap),
+        teacher(teacher_hidden, teacher_weight, std::nullopt, temperature, teacher_softcap),
         chunk(block_rows(count, student.v, 2)),
         z(at::empty({chunk, student.v}, at::TensorOptions().dtype(at::kFloat))),
         t(at::empty({chunk, student.v}, at::TensorOptions().dtype(at::kFloat))),
@@ -48,10 +55,8 @@ struct Pair {
       right.logits(r, n, t.data_ptr<float>());
       for_rows(n, [&](int64_t i) {
         float *a = z.data_ptr<float>() + i * v, *b = t.data_ptr<float>() + i * v;
-        if (!student.transform.plain()) {
-          rows().transform(a, v, 0, student.transform);
-          rows().transform(b, v, 0, teacher.transform);
-        }
+        if (!student.transform.plain()) rows().transform(a, v, 0, student.transform);
+        if (!teacher.transform.plain()) rows().transform(b, v, 0, teacher.transform);
         row(r[i], a, b);
       });
       done();
@@ -67,10 +72,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_divergence_fwd(
     const Tensor& teacher_hidden,  // [N, Ht]
     const Tensor& teacher_weight,  // [V, Ht]
     const Tensor& row_mask,        // [N] bool
-    double temperature, int64_t kind) {
+    double temperature, int64_t kind, double softcap, double teacher_softcap) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const std::vector<int64_t> live = where(row_mask, hidden.size(0));
-  Pair pair(hidden, weight, teacher_hidden, teacher_weight, temperature, int64_t(live.size()));
+  Pair pair(hidden, weight, teacher_hidden, teacher_weight, temperature, softcap, teacher_softcap,
+            int64_t(live.size()));
   Tensor out[5];
   for (Tensor& t : out) t = at::zeros({pair.student.n}, at::TensorOptions().dtype(at::kFloat));
   float* to[5];
@@ -95,7 +101,8 @@ static std::tuple<Tensor, Tensor> linear_divergence_bwd(
     const Tensor& lse, const Tensor& teacher_lse, const Tensor&,  // means: of the rows themselves
     const Tensor& ddivergence,                                    // [N]
     const Tensor& dentropy,                                       // [N]
-    double temperature, int64_t kind, c10::List<bool> needs) {
+    double temperature, int64_t kind, double softcap, double teacher_softcap,
+    c10::List<bool> needs) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = hidden.size(0);
   const float *c = f32_rows(ddivergence, n, "ddivergence"), *e = f32_rows(dentropy, n, "dentropy");
@@ -105,7 +112,8 @@ static std::tuple<Tensor, Tensor> linear_divergence_bwd(
   std::erase_if(live, [&](int64_t i) {
     return (c[i] == 0.f && e[i] == 0.f) || value[i] == std::numeric_limits<float>::infinity();
   });
-  Pair pair(hidden, weight, teacher_hidden, teacher_weight, temperature, int64_t(live.size()));
+  Pair pair(hidden, weight, teacher_hidden, teacher_weight, temperature, softcap, teacher_softcap,
+            int64_t(live.size()));
   bool flags[3] = {needs[0], needs[1], false};
   Grads grads(pair.student, flags);
   if (grads.need[0]) grads.dhidden.zero_();
@@ -113,8 +121,16 @@ static std::tuple<Tensor, Tensor> linear_divergence_bwd(
     pair.run(
         live,
         [&](int64_t i, float* z, float* t) {
-          rows().divergence_grad(z, t, pair.student.v, {a[i], b[i], Divergence(kind)}, c[i], e[i],
-                                 pair.student.transform.inv_temperature);
+          const Transform& tr = pair.student.transform;
+          const int64_t v = pair.student.v;
+          thread_local std::vector<float> slopes;  // the gradient takes the place of z
+          if (tr.softcap != 0.f) {
+            slopes.resize(v);
+            slope(z, slopes.data(), v, tr);
+          }
+          rows().divergence_grad(z, t, v, {a[i], b[i], Divergence(kind)}, c[i], e[i],
+                                 tr.inv_temperature);
+          for (int64_t j = 0; tr.softcap != 0.f && j < v; ++j) z[j] *= slopes[j];
         },
         [&] { pair.left.backward(pair.z.data_ptr<float>(), grads); });
   auto [dh, dw, db] = grads.finish(pair.student, std::nullopt, true);

@@ -2,14 +2,18 @@
 
 GEMMs are the vendor's. The [chunk, V] block of logits is fp32 from the GEMM itself; 16-bit inputs
 have the gradient of the logits, and so the operands of the backward GEMMs, in 16 bits, and every
-product and sum in fp32. Every row costs its GEMMs: to compact the live ones would be a host sync.
+product and sum in fp32. Every row costs its GEMMs, that of u = E lambda for a row without a costate
+included: to compact the live ones, or to skip a chunk of dead ones, takes their count on the host,
+and so a sync. In fp16 each row of the gradient has a power of two of its own, so that one large row
+does not push the others below fp16: dh takes it off again, the rows of h in dW carry its inverse.
 """
 
 import torch
 
 LOGITS_BYTES = 256 << 20  # of a [chunk, V] fp32 block
 NO_COSTATE = -1  # the sequence of a row without one
-FP16_SCALE = 256.0  # the largest coefficient of a chunk, where dz would leave fp16's range
+FP16_SCALE = 256.0  # the largest coefficient of a row, where dz would leave fp16's range
+FP16_SHARE = 2.0**14  # the largest h, over its row's scale, in dW: 28 binades above the subnormals
 
 
 def mm32(a, b):
@@ -22,6 +26,11 @@ def mm32(a, b):
         return torch.mm(a.float(), b.float())
 
 
+def power(most, x):
+    """The power of two, so that nothing is rounded by it, that takes x to `most` or just below."""
+    return torch.exp2(torch.floor(torch.log2(most / x.clamp(min=1e-30))))
+
+
 def chunks(count, vocab):
     """Slices of `count` rows, of equal lengths within the byte budget."""
     most = max(LOGITS_BYTES // (4 * vocab), 1)
@@ -31,29 +40,43 @@ def chunks(count, vocab):
     return [slice(at, min(at + step, count)) for at in range(0, count, step)]
 
 
+def shared(dz, h, scale):
+    """(dz / scale)^T h: each row of h over its scale, all of them times one power of two."""
+    h = h.float() / scale[:, None]
+    up = power(FP16_SHARE, h.abs().amax())
+    return mm32(dz.t(), (h * up).to(dz.dtype)) / up
+
+
 class Costates:
     """Costates at the next inputs of the rows: the third term of their gradients."""
 
     def __init__(self, seed, tau, value, embedding, sequence, position, scale):
         self.live = (value != 0).any(-1)
-        self.embedding, self.position, self.scale = embedding, position, scale
-        self.fp16 = embedding.dtype == torch.float16  # may overflow where the product does not
-        self.value = value if self.fp16 else (value * scale).to(value.dtype)
+        self.embedding, self.position = embedding, position
+        scale = scale.expand(value.shape[0])  # one, or one per row
+        self.value, self.factor = value, scale
+        if embedding.dtype != torch.float16:  # whose range may lack what u has
+            self.value, self.factor = (value * scale[:, None]).to(value.dtype), None
         # what row_grad skips; "expected" has no sequences but the mark
         sequence = torch.zeros_like(self.live, dtype=torch.int64) if sequence is None else sequence
         self.sequence = sequence.masked_fill(~self.live, NO_COSTATE)
         self.noise, self.expected = (seed, tau), position is None
 
-    def pulled(self, part, bounded):
-        """(u [chunk, V], the noise as row_grad takes it, with `bounded` the largest of u / tau)."""
+    def pulled(self, part):
+        """(u [chunk, V], its factor [chunk] or None, the noise as row_grad takes it)."""
         seed, tau = self.noise
         u = mm32(self.value[part], self.embedding.t())
-        if self.fp16:
-            u *= self.scale
         position = self.sequence if self.expected else self.position
         rows = (self.sequence[part], position[part])
-        largest = u.abs().amax() / tau if bounded and u.numel() else None
-        return u, (seed, *rows, tau, self.expected), largest
+        factor = None if self.factor is None else self.factor[part]
+        return u, factor, (seed, *rows, tau, self.expected)
+
+    def largest(self, part, u, factor):
+        """[chunk]: what u / tau is at most in its row; 0 where there is no costate."""
+        low, high = u.aminmax(dim=-1)
+        most = torch.maximum(high, -low) / self.noise[1]
+        most = most if factor is None else most * factor.abs()
+        return most.masked_fill(~self.live[part], 0)
 
 
 class Grads:
@@ -69,13 +92,16 @@ class Grads:
     def add(self, part, logits, targets, logp, entropy, lse, c, e, costates=None):
         """The rows `part`, from their logits (overwritten) and statistics, each [chunk]."""
         live = None if c is None else (c != 0) | (e != 0)
-        u, noise, largest = None, (0, None, None, 1.0, False), None
+        u, factor, noise, largest = None, None, (0, None, None, 1.0, False), None
         if costates is not None:
             live = costates.live[part] if live is None else live | costates.live[part]
-            u, noise, largest = costates.pulled(part, self.hidden.dtype == torch.float16)
+            u, factor, noise = costates.pulled(part)
+            if self.hidden.dtype == torch.float16:
+                largest = costates.largest(part, u, factor)
         c, e, scale = self.scaled(c, e, 1 / self.scalars[0], largest)
-        if u is not None and scale is not None:
-            u *= scale
+        if u is not None:
+            for by in (factor, scale):  # not their product, which may leave fp32
+                u = u if by is None else u.mul_(by[:, None])
         dz = self.rows.row_grad(
             logits, self.bias, targets, logp, entropy, lse, c, e, u, *noise, *self.scalars,
             self.place(logits)
@@ -88,30 +114,28 @@ class Grads:
         return logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
 
     def scaled(self, c, e, times=1.0, also=None):
-        """(c, e, scale): fp16 coefficients `times` what else multiplies them, within its range,
-        as is the largest of another term, `also`, multiplied alike."""
+        """(c, e, scale [chunk]): fp16 coefficients `times` what else multiplies them, within its
+        range, as is the largest of another term, `also`, multiplied alike."""
         if self.hidden.dtype != torch.float16:
             return c, e, None
-        found = [] if c is None else [(torch.maximum(c.abs(), e.abs()) * times).amax()]
-        found += [] if also is None else [also * times]
-        largest = torch.stack(found).amax().clamp(min=1e-30)
-        scale = torch.exp2(torch.floor(torch.log2(FP16_SCALE / largest)))  # so nothing is rounded
+        found = [] if c is None else [c.abs(), e.abs()]
+        found += [] if also is None else [also]
+        scale = power(FP16_SCALE, torch.stack(found).amax(0) * times)
         return *(x if x is None else x * scale for x in (c, e)), scale
 
     def products(self, part, dz, live, scale=None):
-        """dh = dz W, dW += dz^T h, db += sum dz; `live` rows only: the others may hold NaN."""
-
-        def unscaled(x):
-            return x if scale is None else x / scale
-
+        """dh = dz W, dW += dz^T h, db += sum dz; `live` rows only: the others may hold NaN. Rows of
+        dz come times their `scale`, powers of two."""
         if self.needs[0]:
-            self.dhidden[part] = unscaled(mm32(dz, self.weight))
+            dh = mm32(dz, self.weight)
+            self.dhidden[part] = dh if scale is None else dh / scale[:, None]
         if self.needs[1]:
             h = self.hidden[part].masked_fill(~live[:, None], 0)
-            dw = unscaled(mm32(dz.t(), h))
+            dw = mm32(dz.t(), h) if scale is None else shared(dz, h, scale)
             self.dweight = dw if self.dweight is None else self.dweight.add_(dw)
         if self.needs[2]:
-            db = unscaled(dz.sum(0, dtype=torch.float32))
+            ones = dz.new_ones(()).expand(dz.shape[0], 1)
+            db = dz.sum(0, dtype=torch.float32) if scale is None else shared(dz, ones, scale)[:, 0]
             self.dbias = db if self.dbias is None else self.dbias.add_(db)
 
     def finish(self, as_input, fp32_dhidden=False):

@@ -13,7 +13,7 @@ from triton.language.extra import libdevice
 
 from . import linear
 from . import rows as row_kernels
-from .logits import INF, added, finish, launch, raised
+from .logits import INF, added, finish, launch, raised, softcapped
 
 FORWARD_KL = tl.constexpr(0)
 REVERSE_KL = tl.constexpr(1)
@@ -28,6 +28,8 @@ def linear_divergence_fwd(
     row_mask,  # [N] bool
     temperature,
     kind,
+    softcap,  # 0: none
+    teacher_softcap,
 ):
     """divergence, entropy, lse, teacher_lse, inner, each fp32 [N]; 0 where masked."""
     count, vocab = hidden.shape[0], weight.shape[0]
@@ -37,7 +39,8 @@ def linear_divergence_fwd(
         t = linear.mm32(teacher_hidden[part], teacher_weight.t())
         with torch.cuda.device_of(z):
             _divergence_kernel[(z.shape[0],)](
-                z, t, row_mask[part], out[:, part], count, vocab, 1 / temperature, KIND=kind,
+                z, t, row_mask[part], out[:, part], count, vocab, 1 / temperature, softcap,
+                teacher_softcap, KIND=kind, SOFTCAP=softcap != 0, T_SOFTCAP=teacher_softcap != 0,
                 **launch(vocab, per_thread=8)
             )  # fmt: skip
     return tuple(x.clone() for x in out)
@@ -58,6 +61,8 @@ def linear_divergence_bwd(
     dentropy,
     temperature,
     kind,
+    softcap,
+    teacher_softcap,
     needs,  # of hidden and weight
 ):
     vocab = weight.shape[0]
@@ -67,31 +72,32 @@ def linear_divergence_bwd(
     if any(needs):
         dead = ~row_mask | (divergence == torch.inf)
         c, e = (g.masked_fill(dead, 0) for g in (ddivergence, dentropy))
-        fp32, fp16 = (hidden.dtype == d for d in (torch.float32, torch.float16))
+        steep = torch.full_like(divergence, 1 / temperature)
+        if kind == 1:  # |p (log p - log q - KL)| <= 1 + 2 KL
+            steep = steep * (1 + 2 * divergence.masked_fill(dead, 0))
         for part in linear.chunks(hidden.shape[0], 2 * vocab):
             z = linear.mm32(hidden[part], weight.t())
             t = linear.mm32(teacher_hidden[part], teacher_weight.t())
-            ci, ei, scale = c[part], e[part], None
-            if fp16:  # a power of two, so that nothing is rounded by it
-                largest = torch.maximum(ci.abs().amax(), ei.abs().amax()).clamp(min=1e-30)
-                scale = torch.exp2(torch.floor(torch.log2(linear.FP16_SCALE / largest)))
-                ci, ei = ci * scale, ei * scale
-            out = z if fp32 else torch.empty_like(z, dtype=hidden.dtype)
+            ci, ei, scale = grads.scaled(c[part], e[part], steep[part])
+            out = grads.place(z)
             with torch.cuda.device_of(z):
                 _divergence_grad_kernel[(z.shape[0],)](
                     z, t, lse[part], teacher_lse[part], ci, ei, out, vocab, 1 / temperature,
-                    KIND=kind, **launch(vocab, per_thread=8)
+                    softcap, teacher_softcap, KIND=kind, SOFTCAP=softcap != 0,
+                    T_SOFTCAP=teacher_softcap != 0, **launch(vocab, per_thread=8)
                 )  # fmt: skip
             grads.products(part, out, (ci != 0) | (ei != 0), scale)
     return grads.finish(as_input=True)[:2]
 
 
 @triton.jit
-def load_pair(z, t, cols, V, scale):
-    """Both rows at `cols`; -inf past the end."""
-    a = tl.load(z + cols, mask=cols < V, other=-INF) * scale
-    b = tl.load(t + cols, mask=cols < V, other=-INF) * scale
-    return a, b
+def load_pair(
+    z, t, cols, V, scale, cap, t_cap, SOFTCAP: tl.constexpr, T_SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """Both rows at `cols`, -inf past the end, and the slope of the student's soft-cap."""
+    a, slope = softcapped(tl.load(z + cols, mask=cols < V, other=-INF), cap, SOFTCAP)
+    b, _ = softcapped(tl.load(t + cols, mask=cols < V, other=-INF), t_cap, T_SOFTCAP)
+    return a * scale, b * scale, slope
 
 
 @triton.jit
@@ -157,7 +163,11 @@ def _divergence_kernel(
     N,
     V,
     scale,
+    cap,
+    t_cap,
     KIND: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    T_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
@@ -172,7 +182,8 @@ def _divergence_kernel(
         t_total = tl.zeros([BLOCK], tl.float32)
         t_dot = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            z, t = load_pair(z_row, t_row, start + tl.arange(0, BLOCK), V, scale)
+            cols = start + tl.arange(0, BLOCK)
+            z, t, _ = load_pair(z_row, t_row, cols, V, scale, cap, t_cap, SOFTCAP, T_SOFTCAP)
             peak, t_peak = tl.maximum(top, tl.max(z, 0)), tl.maximum(t_top, tl.max(t, 0))
             total, dot = raised(top, peak, total, dot)
             total, dot = added(z, peak, total, dot)
@@ -188,7 +199,7 @@ def _divergence_kernel(
         inners = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            z, t = load_pair(z_row, t_row, cols, V, scale)
+            z, t, _ = load_pair(z_row, t_row, cols, V, scale, cap, t_cap, SOFTCAP, T_SOFTCAP)
             _lp, p, q, d = column(z, t, lse, teacher_lse)
             if KIND == JSD:
                 d = bounded(d)
@@ -240,7 +251,11 @@ def _divergence_grad_kernel(
     out,  # [R, V]; may be z_block
     V,
     scale,
+    cap,
+    t_cap,
     KIND: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    T_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
@@ -251,7 +266,8 @@ def _divergence_grad_kernel(
         total = tl.zeros([BLOCK], tl.float32)
         dot = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
-            z, t = load_pair(z_row, t_row, start + tl.arange(0, BLOCK), V, scale)
+            cols = start + tl.arange(0, BLOCK)
+            z, t, _ = load_pair(z_row, t_row, cols, V, scale, cap, t_cap, SOFTCAP, T_SOFTCAP)
             p, g = raw_grad(z, t, lz, lt, ci, ei, KIND)
             total += p
             dot += g
@@ -261,9 +277,9 @@ def _divergence_grad_kernel(
         )  # the gradient sums to 0: an error of lse drops out
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            z, t = load_pair(z_row, t_row, cols, V, scale)
+            z, t, slope = load_pair(z_row, t_row, cols, V, scale, cap, t_cap, SOFTCAP, T_SOFTCAP)
             p, g = raw_grad(z, t, lz, lt, ci, ei, KIND)
-            g = (g - p * mean) * scale
+            g = (g - p * mean) * slope * scale
             tl.store(out_row + cols, g.to(out.dtype.element_ty), mask=cols < V)
     else:
         zero = tl.zeros([BLOCK], out.dtype.element_ty)

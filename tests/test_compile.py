@@ -21,7 +21,8 @@ CASES = ("token_logprobs-v31-3d", "linear_token_logprobs-h123-v1035-all",
          "linear_sample-h123-v1035-3d", "linear_sample-all-cuts", "gaussian_action-n7-3d",
          "costate_scan-n33-done", "costate_scan-diagonal-n33-done", "linear_rollout-n4-shared",
          "linear_rollout-diagonal-n33", "noisy_embedding-h123-v1035-all",
-         "linear_divergence-h123-v1035-jsd", "linear_token_logprobs-all-cuts",
+         "linear_divergence-h123-v1035-jsd", "linear_divergence-softcaps-reverse",
+         "linear_token_logprobs-all-cuts",
          "linear_policy_loss-costate-full", "linear_policy_loss-costate-gspo",
          "linear_policy_loss-costate-expected", "linear_token_logprobs-costate-all")  # fmt: skip
 

@@ -52,9 +52,11 @@ def test_agrees_with_kl_div(backend, kind, temperature):
 def test_entropy_is_that_of_linear_token_logprobs(backend):
     x = models(v=1035)
     y = torch.zeros(9, dtype=torch.int64)
-    want = vgkern.linear_token_logprobs(*x[:2], y, temperature=0.7, backend=backend).entropy
-    got = vgkern.linear_divergence(*x, temperature=0.7, backend=backend).entropy
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for cap in (None, 3.0):
+        options = {"temperature": 0.7, "softcap": cap, "backend": backend}
+        want = vgkern.linear_token_logprobs(*x[:2], y, **options).entropy
+        got = vgkern.linear_divergence(*x, **options).entropy
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,6 +93,28 @@ def test_small_divergences_do_not_drown(backend, kind, step):
     assert (out >= 0).all()
     torch.testing.assert_close(out.double(), want, rtol=2e-4 * max(1, 1e-3 / step), atol=0)
     assert (got - dwant).norm() < 3e-7 / step * dwant.norm() + 3e-6 * dwant.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 2e-3])
+def test_fp16_keeps_every_row_in_range(backend, kind, temperature):
+    """What arrives from above differs by 1e6 between rows; at the low temperature the reverse KL
+    is in the thousands, and its gradient beyond fp16 before the loss brings it back."""
+    h, w, th, tw = models(n=6, dtype=torch.float16)
+    up = torch.tensor([1.0, 1e-6, 3e-2, 1e-4, 1e-5, 1e-3]) * 2.0**10 * temperature
+    if kind == "reverse_kl":
+        up *= temperature
+    h.requires_grad_()
+    out = vgkern.linear_divergence(
+        h, w, th, tw, kind=kind, temperature=temperature, backend=backend
+    )
+    (got,) = torch.autograd.grad((out.divergence * up).sum(), h)
+    x = [t.detach().double() for t in (h, w, th, tw)]
+    x[0].requires_grad_()
+    want = by_kl_div(x[0] @ x[1].T / temperature, x[2] @ x[3].T / temperature, kind)
+    (want,) = torch.autograd.grad((want * up.double()).sum(), x[0])
+    error, size = (got - want).norm(dim=-1), want.norm(dim=-1)
+    assert (error <= 4e-3 * size + 16**0.5 * 2.0**-25).all()  # of fp16 itself, subnormal
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,6 +176,31 @@ def test_blocked_tokens(backend, kind):
             torch.testing.assert_close(
                 out.divergence.double(), by_kl_div(z, t, kind), rtol=1e-5, atol=1e-7
             )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocked_tokens_stay_blocked_under_a_softcap(backend, kind):
+    """-inf must not become -softcap, of either model, and has no gradient."""
+    v, g = 12, torch.Generator().manual_seed(0)
+    h, th = (torch.cat([3 * torch.rand(4, v, generator=g) + 0.5, torch.ones(4, 1)], 1)
+             for _ in range(2))  # fmt: skip
+    both = blocked(v, [3, 7]).requires_grad_()
+    caps = {"softcap": 2.0, "teacher_softcap": 5.0}
+    out = vgkern.linear_divergence(h, both, th, both, kind=kind, backend=backend, **caps)
+    keep = [i for i in range(v) if i not in (3, 7)]
+    d = h.double()[:, keep].requires_grad_()
+    t = 5 * torch.tanh(th.double()[:, keep] / 5)
+    want = by_kl_div(2 * torch.tanh(d / 2), t, kind)
+    torch.testing.assert_close(out.divergence.double(), want, rtol=1e-5, atol=1e-7)
+    (dwant,) = torch.autograd.grad(want.sum(), d)
+    (gw,) = torch.autograd.grad(out.divergence.sum(), both)
+    torch.testing.assert_close(gw[keep].double(), dwant.T @ h.double(), rtol=1e-4, atol=1e-6)
+    assert (gw[[3, 7]] == 0).all()
+    for student, teacher, infinite in (
+        (both, blocked(v, [3]), kind == "forward_kl"), (blocked(v, [3]), both, kind == "reverse_kl")
+    ):  # fmt: skip
+        out = vgkern.linear_divergence(h, student, th, teacher, kind=kind, backend=backend, **caps)
+        assert (out.divergence.isinf() if infinite else out.divergence.isfinite()).all()
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
@@ -219,7 +268,11 @@ def test_gradcheck_fp64(kind):
     h, w, th, tw = models(n=3, h=4, v=6, ht=2, dtype=torch.float64)
     h.requires_grad_(), w.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda a, b: tuple(vgkern.linear_divergence(a, b, th, tw, kind=kind, temperature=0.7)),
+        lambda a, b: tuple(
+            vgkern.linear_divergence(
+                a, b, th, tw, kind=kind, temperature=0.7, softcap=1.5, teacher_softcap=0.8
+            )
+        ),
         (h, w),
     )
 
@@ -249,6 +302,8 @@ BAD = [
     ({"weight": torch.zeros(200, 15)}, ValueError, "hidden, weight"),
     ({"kind": "kl"}, ValueError, "kind"),
     ({"temperature": 0.0}, ValueError, "temperature"),
+    ({"softcap": 0.0}, ValueError, "softcap"),
+    ({"teacher_softcap": -1.0}, ValueError, "teacher_softcap"),
     ({"mask": torch.ones(8)}, ValueError, "mask"),
     ({"hidden": torch.full((9, 16), torch.nan)}, vgkern.NonFiniteError, "hidden, teacher_hidden"),
 ]

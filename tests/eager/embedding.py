@@ -47,12 +47,19 @@ def carried(costate, keep, hidden, weight, bias=None, temperature=1.0, softcap=N
 
 
 def eager_linear_divergence(
-    hidden, weight, teacher_hidden, teacher_weight, kind="reverse_kl", temperature=1.0, mask=None
-):
+    hidden, weight, teacher_hidden, teacher_weight, kind="reverse_kl", temperature=1.0, mask=None,
+    softcap=None, teacher_softcap=None
+):  # fmt: skip
     keep = torch.ones(hidden.shape[:-1], dtype=torch.bool) if mask is None else mask
     hidden, teacher_hidden = (x.masked_fill(~keep[..., None], 0) for x in (hidden, teacher_hidden))
-    lp = F.log_softmax(F.linear(hidden, weight) / temperature, -1)
-    lq = F.log_softmax(F.linear(teacher_hidden, teacher_weight) / temperature, -1).detach()
+
+    def log_softmax(h, w, cap):
+        x = F.linear(h, w)
+        z = x if cap is None else cap * torch.tanh(x / cap)
+        return F.log_softmax(z.masked_fill(x == -torch.inf, -torch.inf) / temperature, -1)
+
+    lp = log_softmax(hidden, weight, softcap)
+    lq = log_softmax(teacher_hidden, teacher_weight, teacher_softcap).detach()
 
     def kl(a, b):  # KL(a || b)
         return F.kl_div(b, a, reduction="none", log_target=True).sum(-1)
@@ -82,7 +89,10 @@ MUTATIONS = {
             lambda ref, h, w, b, e, y, n, tau, *a: ref(h, w, b, e, y, n, 1.0, *a))),
     "linear_divergence: the other direction": (
         "linear_divergence-near-reverse", reference(
-            lambda ref, h, w, th, tw, m, t, k: ref(h, w, th, tw, m, t, 0))),
+            lambda ref, h, w, th, tw, m, t, k, *a: ref(h, w, th, tw, m, t, 0, *a))),
+    "linear_divergence: the student's soft-cap for both": (
+        "linear_divergence-softcaps-reverse", reference(
+            lambda ref, *a: ref(*a[:8], a[7]))),
     "linear_divergence: entropy without gradient": (
         "linear_divergence-near-jsd", reference(
             lambda ref, *a: (o := ref(*a))._replace(entropy=o.entropy.detach()))),

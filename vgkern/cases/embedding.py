@@ -9,6 +9,8 @@ from vgkern.case_inputs import Inputs, head, padding
 from vgkern.cases._case import Case, nhv, size
 from vgkern.ops.noise import Noise
 
+DIVERGENCE = ("kind", "temperature", "softcap", "teacher_softcap")  # its options
+
 
 def noisy_embedding(
     name: str, shape: tuple[int, ...], h: int, v: int, he: int = 0, **kw: Any
@@ -43,7 +45,7 @@ def linear_divergence(
 ) -> Case:
     """`near`: the teacher is the student, moved by that much of its own size."""
     near, masked = kw.pop("near", None), kw.pop("mask", False)
-    options: Inputs = {k: kw.pop(k) for k in ("kind", "temperature") if k in kw}
+    options: Inputs = {k: kw.pop(k) for k in DIVERGENCE if k in kw}
 
     def make(dtype: torch.dtype, seed: int) -> Inputs:
         x, _, _ = head(shape, h, v, dtype, seed, **kw)
@@ -102,6 +104,13 @@ CASES: tuple[Case, ...] = (
     linear_divergence("peaked-near-jsd", (12,), 64, 1000, peaked=True, near=0.05, kind="jsd"),
     linear_divergence("masked", (5, 7), 64, 257, mask=True),
     linear_divergence("masked-jsd", (5, 7), 64, 257, mask=True, kind="jsd"),
+    linear_divergence("softcaps-reverse", (33,), 123, 1035, 50, temperature=0.7, softcap=3.0,
+                      teacher_softcap=5.0),
+    linear_divergence("softcap-forward", (24,), 64, 1000, kind="forward_kl", softcap=4.0),
+    linear_divergence("softcaps-near-jsd", (24,), 64, 1000, near=0.02, kind="jsd", softcap=6.0,
+                      teacher_softcap=6.0),
+    linear_divergence("teacher-softcap", (5, 7), 64, 257, mask=True, temperature=1.3,
+                      teacher_softcap=2.0),
     linear_divergence("one-row", (1,), 123, 1035),
     linear_divergence("zero-rows", (0,), 7, 33),
 )  # fmt: skip

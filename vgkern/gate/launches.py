@@ -248,7 +248,9 @@ def _credit() -> Iterator[Launch]:
     yield noisy(SMOL, True, 30.0, True)
     yield noisy(ODD, False, 0.0, False)
 
-    def divergence(head: Head, teacher: int, kind: int) -> list[Launch]:
+    def divergence(
+        head: Head, teacher: int, kind: int, caps: tuple[float, float] = (0.0, 0.0)
+    ) -> list[Launch]:
         def tensors() -> tuple[Any, ...]:
             other = head._replace(hidden=teacher)
             mask = torch.empty(head.rows, dtype=torch.bool)
@@ -257,17 +259,18 @@ def _credit() -> Iterator[Launch]:
         def bwd() -> tuple[Any, ...]:
             n = head.rows
             out = tuple(f32(n) for _ in range(7))
-            return *tensors(), *out, 1.0, kind, [True, True]
+            return *tensors(), *out, 1.0, kind, *caps, [True, True]
 
-        label = f"{head} {('forward_kl', 'reverse_kl', 'jsd')[kind]}"
+        label = f"{head} {('forward_kl', 'reverse_kl', 'jsd')[kind]}{' softcap' * any(caps)}"
         return [
-            _launch("linear_divergence_fwd", label, lambda: (*tensors(), 1.0, kind)),
+            _launch("linear_divergence_fwd", label, lambda: (*tensors(), 1.0, kind, *caps)),
             _launch("linear_divergence_bwd", label, bwd),
         ]
 
     yield from divergence(LLAMA, 8192, 0)
     yield from divergence(SMOL, 960, 1)
     yield from divergence(ODD, 770, 2)
+    yield from divergence(SMOL, 960, 1, (30.0, 20.0))
 
 
 def _continuous() -> Iterator[Launch]:

@@ -77,9 +77,9 @@ def finite(name: str, x: object) -> float:
     return float(x)
 
 
-def softcap(x: float | None) -> float:
+def softcap(x: float | None, name: str = "softcap") -> float:
     """0.0 stands for no soft-cap below the public functions."""
-    return 0.0 if x is None else positive("softcap", x)
+    return 0.0 if x is None else positive(name, x)
 
 
 def rows_like(name: str, x: object, shape: torch.Size, allowed: str | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Full-vocabulary divergence of a student from a teacher, per token, and the student's entropy.
 
-    p = softmax(hidden weight^T / temperature)                             the student
-    q = softmax(teacher_hidden teacher_weight^T / temperature)             the teacher, held fixed
+    p = softmax(s(hidden weight^T) / temperature)                          the student
+    q = softmax(s'(teacher_hidden teacher_weight^T) / temperature)         the teacher, held fixed
+    s(x) = softcap tanh(x / softcap), or x; s' with the teacher's own
     forward_kl = KL(q || p)         dz = p - q
     reverse_kl = KL(p || q)         dz = p (log p - log q - KL(p || q))
     jsd = (KL(p || m) + KL(q || m)) / 2,  m = (p + q) / 2
@@ -15,7 +16,8 @@ and no noise of first order; equal logits give exactly 0.
 
 The gradient goes to the student alone. Rows that `mask` leaves out give 0, get no gradient and are
 not looked at. A token that one side cannot produce (-inf) makes the KL that divides by it +inf;
-such a row has no gradient. Head and teacher may differ in width, not in vocabulary.
+such a row has no gradient. Head and teacher may differ in width, not in vocabulary. A soft-cap
+leaves a token at -inf there; dz takes its slope, 1 - tanh^2(x / softcap).
 """
 
 from typing import Any, NamedTuple
@@ -46,13 +48,18 @@ def linear_divergence_ref(
     mask: Tensor,  # [N] bool
     temperature: float = 1.0,
     kind: int = 1,
+    softcap: float = 0.0,  # 0: none
+    teacher_softcap: float = 0.0,
 ) -> Divergence:
-    def log_softmax(h: Tensor, w: Tensor) -> Tensor:  # a masked row may hold NaN
-        lp = (linear_logits_ref(h.where(mask[:, None], 0), w, None) / temperature).log_softmax(-1)
+    def log_softmax(h: Tensor, w: Tensor, cap: float) -> Tensor:  # a masked row may hold NaN
+        z = linear_logits_ref(h.where(mask[:, None], 0), w, None)
+        if cap:
+            z = (cap * torch.tanh(z / cap)).where(z != -torch.inf, -torch.inf)
+        lp = (z / temperature).log_softmax(-1)
         return lp.clamp(min=torch.finfo(lp.dtype).min / 4)  # stands for -inf without its 0 * inf
 
-    lp = log_softmax(hidden, weight)
-    lq = log_softmax(teacher_hidden, teacher_weight).detach()
+    lp = log_softmax(hidden, weight, softcap)
+    lq = log_softmax(teacher_hidden, teacher_weight, teacher_softcap).detach()
     if kind == 2:
         lm = torch.logaddexp(lp, lq) - torch.tensor(2.0, dtype=lp.dtype).log()
         value = 0.5 * (_kl(lp, lm) + _kl(lq, lm))
@@ -113,6 +120,8 @@ def linear_divergence(
     *,
     kind: str = "reverse_kl",
     temperature: float = 1.0,
+    softcap: float | None = None,  # of the student's logits
+    teacher_softcap: float | None = None,  # of the teacher's, which is not taken from `softcap`
     mask: Tensor | None = None,  # [...] bool or 0/1, False: not looked at
     backend: str | None = None,
 ) -> Divergence:
@@ -131,7 +140,8 @@ def linear_divergence(
         live = torch.ones(shape.numel(), dtype=torch.bool, device=device)
     else:
         live = (_check.rows_like("mask", mask, shape) != 0).reshape(-1).contiguous()
-    scalars = (_check.positive("temperature", temperature), KINDS.index(kind))
+    caps = (_check.softcap(softcap), _check.softcap(teacher_softcap, "teacher_softcap"))
+    scalars = (_check.positive("temperature", temperature), KINDS.index(kind), *caps)
     chosen = choose(backend, device, hidden.dtype, teacher_hidden.dtype)
     if chosen == "torch":
         out = linear_divergence_ref(h2, hw, th, tw, live, *scalars)
@@ -170,9 +180,10 @@ def _fake_bwd(hidden, weight, *rest):  # type: ignore[no-untyped-def]
     )
 
 
+_SCALARS = "float temperature, int kind, float softcap, float teacher_softcap"
 _HEADS = "Tensor hidden, Tensor weight, Tensor teacher_hidden, Tensor teacher_weight"
 define(
-    f"linear_divergence_fwd({_HEADS}, Tensor row_mask, float temperature, int kind) "
+    f"linear_divergence_fwd({_HEADS}, Tensor row_mask, {_SCALARS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_fwd,
     kernels="linear_divergence",
@@ -180,7 +191,7 @@ define(
 define(
     f"linear_divergence_bwd({_HEADS}, Tensor row_mask, Tensor divergence, Tensor entropy, "
     "Tensor lse, Tensor teacher_lse, Tensor inner, Tensor ddivergence, Tensor dentropy, "
-    "float temperature, int kind, bool[] needs) -> (Tensor, Tensor)",
+    f"{_SCALARS}, bool[] needs) -> (Tensor, Tensor)",
     _fake_bwd,
     kernels="linear_divergence",
 )

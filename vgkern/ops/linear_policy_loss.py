@@ -24,7 +24,12 @@ from vgkern.ops._library import define, once, operators
 from vgkern.ops._linear import grads_like, linear_inputs
 from vgkern.ops.costate import COSTATE, Carried, Costate, costate_of, costate_term_ref
 from vgkern.ops.group_advantages import group_advantages
-from vgkern.ops.linear_token_logprobs import linear_token_logprobs_ref, scored
+from vgkern.ops.linear_token_logprobs import (
+    carried_rows,
+    linear_token_logprobs_ref,
+    scored,
+    widened,
+)
 from vgkern.ops.policy_loss import (
     COUNTS,
     PolicyLoss,
@@ -53,7 +58,8 @@ def linear_policy_loss_ref(
     if costate is None:
         return loss, counts
     h2 = hidden.reshape(-1, hidden.shape[-1])
-    return loss + costate_term_ref(h2, weight, bias, costate, temperature, softcap), counts
+    third = costate_term_ref(h2, weight, bias, widened(costate), temperature, softcap)
+    return loss + third, counts
 
 
 SPARSE = ("sparse_columns_dh", "sparse_columns_dw", "sparse_error_dh", "sparse_error_dw")
@@ -174,7 +180,7 @@ def linear_policy_loss(
     targets = _check.target_range("targets", targets, weight.shape[0], live)
     also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
     chosen = choose(backend, device, hidden.dtype, *also)
-    carried = None if costate is None else costate.carried(live, weight)
+    carried = carried_rows(costate, live, weight)
     tol = _sparse(sparse_tol, chosen, o)
     if chosen == "torch":
         given = (hidden, weight, bias, targets, rows, o, *scalars)

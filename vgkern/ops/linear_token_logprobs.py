@@ -17,6 +17,7 @@ dW accumulates in fp32 and is not computed when the head is frozen.
 With a `Costate` the same recompute carries the third term of the row gradient, `vgkern.Costate`.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -201,7 +202,7 @@ def linear_token_logprobs(
     else:
         scalars = (_check.positive("temperature", temperature), cap, ignore_index)
         targets = _check.target_range("targets", targets, vocab, live)
-        carried = None if costate is None else costate.carried(live, weight)
+        carried = carried_rows(costate, live, weight)
         out = scored(chosen, hidden, h2, hw, bias, targets, scalars, carried)
         if carried is not None:
             out = attached(*out)
@@ -225,12 +226,36 @@ def scored(
         out = linear_token_logprobs_ref(hidden, weight, bias, targets, *scalars)
         if costate is None:
             return *out, out.logp.new_zeros(())
-        return *out, costate_term_ref(h2, weight, bias, costate, *scalars[:2])
+        return *out, costate_term_ref(h2, weight, bias, widened(costate), *scalars[:2])
     flat = targets.reshape(-1)
     logp, entropy, _, term = LinearTokenLogprobsFunction.apply(
         backend, h2, weight, bias, flat, scalars, costate
     )
     return logp, entropy, term
+
+
+def carried_rows(costate: Costate | None, live: Tensor, weight: Tensor) -> Carried | None:
+    """`Costate.carried`. Beside a table in fp16, which lacks the range of costates, a row is a
+    power of two, in `scale` [N], times what fp16 holds: rounded to 11 bits whatever its size."""
+    if costate is None or costate.embedding.dtype != torch.float16 or not costate.value.numel():
+        return None if costate is None else costate.carried(live, weight)
+    value = costate.value.detach()
+    most = value.abs().amax(-1, keepdim=True).to(torch.float32)
+    by = torch.exp2(torch.floor(torch.log2(most)))
+    known = (by >= torch.finfo(by.dtype).tiny) & by.isfinite()  # neither 0 nor NaN nor inf
+    by = by.where(known, 1)
+    out = dataclasses.replace(costate, value=value / by).carried(live, weight)
+    return out if out is None else out._replace(scale=out.scale * by.reshape(-1))
+
+
+def widened(costate: Carried) -> Carried:
+    """For the reference: fp32 instead of fp16, where what arrives from above may overflow."""
+    if costate.embedding.dtype != torch.float16:
+        return costate
+    up = costate.scale.dtype
+    value = costate.value.to(up) * costate.scale.expand(len(costate.value))[:, None]
+    one = costate.scale.new_ones(())
+    return costate._replace(value=value, embedding=costate.embedding.to(up), scale=one)
 
 
 def _fake_fwd(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
