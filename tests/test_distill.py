@@ -268,6 +268,11 @@ def test_a_teacher_that_does_not_fit_is_one_error(tmp_path, folder):
     made.shape = dataclasses.replace(made.shape, vocab=64)
     save_checkpoint(made, tokenizer, wide)
     fails(r"teacher: .*wide has a vocabulary of 64, the student of 48", teacher=str(wide))
+    save_checkpoint(new_policy(dataclasses.replace(TINY, context=6))[0], tokenizer, tmp_path / "6")
+    fails(
+        r"teacher: .*6: prompt of 5 tokens \+ 5 new ones exceed context=6; allowed: a teacher with",
+        teacher=str(tmp_path / "6"),
+    )
     fails(r"objective: got 'gspo', .* allowed with a teacher", objective="gspo",
           kl_estimator="sampled")  # fmt: skip
     head = made.head()._replace(weight=torch.zeros(48, 32), softcap=30.0)
