@@ -282,6 +282,16 @@ def test_a_teacher_that_does_not_fit_is_one_error(tmp_path, folder):
         teacher.check_teacher(one.config, one.policy, one.tokenizer, one.policy, one.tokenizer)
 
 
+def test_a_teacher_may_be_the_folder_of_a_run(tmp_path, folder):
+    made = tmp_path / "run"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
+    with pytest.raises(ConfigError, match=r"teacher: .*run: a run that has saved no final weights"):
+        trainer(teacher=str(made))
+    shutil.copytree(folder, made / "final")
+    assert trainer(teacher=str(made)).parts.teacher.shape.width == 16
+
+
 def test_an_id_that_one_side_alone_can_produce_is_refused(folder):
     """Its divergence would be 1e8 nats; jsd is bounded."""
     made = trainer(teacher=folder)

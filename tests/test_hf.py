@@ -188,7 +188,6 @@ def test_what_will_be_too_long_is_said_before_it_is_sampled() -> None:
         policy.check([[1], []], 3)
 
 
-
 def save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vgkern.costate.analytic import BLOCKED
 
-from .checkpoint import load_policy
+from .checkpoint import find, load_policy
 from .config import Config
 from .errors import ConfigError
 from .policy import Head, Policy, Tokenizer
@@ -28,7 +28,7 @@ def load_teacher(
     if not config.teacher:
         return None
     try:
-        teacher, other = load_policy(config.teacher)
+        teacher, other = load_policy(find(config.teacher)[0])
     except ValueError as error:
         raise ConfigError(f"teacher: {error}") from None
     except RuntimeError as error:  # a checkpoint without weights, or with half of them
