@@ -408,6 +408,12 @@ def test_bad_arguments_are_named(world):
         r"teacher 'kl': reverse_kl is infinite at row \[0, 0\]",
         Teacher(teacher.hidden, teacher.weight, blocked), groups=groups,
     )  # fmt: skip
+    one = torch.arange(V, dtype=torch.float64)[:, None].repeat(1, 2)
+    twins = [Teacher(teacher.hidden, one, name=name) for name in ("a", "b", "a")]
+    fails(r"teachers\[2\]\.name: got 'a'; allowed: .*of no other", twins, groups=groups)
+    for name in ("entropy", "future", "loss", "clip_high", "tokens"):
+        named = Teacher(teacher.hidden, one, name=name)
+        fails(rf"teachers\[0\]\.name: got '{name}'; allowed: ", named, groups=groups)
     with pytest.raises(ValueError, match=r"teacher.kind: got"):
         Teacher(teacher.hidden, teacher.weight, kind="k3")
     with pytest.raises(ValueError, match=r"teacher.coef: got"):

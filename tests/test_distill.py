@@ -331,8 +331,22 @@ def test_an_id_that_one_side_alone_can_produce_is_refused(folder):
             {"kl_estimator": "sampled", "distill_kind": "jsd"},
             r"distill_kind: got 'jsd'; allowed: 'reverse_kl' with kl_estimator 'sampled'",
         ),
+        ({"distill_kind": "jsd"}, r"distill_kind: got 'jsd', .*; allowed: 'reverse_kl', or a teac"),
+        ({"distill_coef": 0.5, "beta": 0.1}, r"distill_coef: got 0.5, .* allowed: 1.0, or a teach"),
+        ({"reward_coef": 0.5}, r"reward_coef: got 0.5, .*; allowed: 1.0, or beta"),
+        ({"future": 0.5}, r"future: got 0.5, .*; allowed: 1.0, or .* beta, entropy_coef or a"),
+        (
+            {"discount": 0.5, "beta": 0.1, "kl_estimator": "sampled"},
+            r"discount: got 0.5, .*; allowed: 1.0, or .* kl_estimator = 'analytic'",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings, match):
     with pytest.raises(ConfigError, match=match):
         Config(**settings)
+
+
+def test_settings_that_do_something_are_taken():
+    Config(future=0.5, discount=0.5, entropy_coef=0.1, reward_coef=0.5)
+    Config(future=0.5, teacher="a", kl_estimator="sampled", distill_coef=0.5, reward_coef=0.0)
+    Config(reward_coef=0.5, beta=0.1, kl_estimator="sampled")

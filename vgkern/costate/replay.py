@@ -46,7 +46,8 @@ def replay_agreement(
     limit: look at so many rows at most, drawn by the noise's seed and the number of rows: the same
     rows whenever the same call is made.
     check: raise ValueError where the agreement is no better than chance, which is what noise of
-    other tokens gives, and for greedy tokens, which any noise gives. Costs a second forward of the head; needs a host sync on a GPU.
+    other tokens gives, and for greedy tokens, which any noise gives. Costs a second
+    forward of the head; needs a host sync on a GPU.
 
     Raises ValueError / TypeError naming the argument, as `linear_sample`; NonFiniteError for NaN.
     """
