@@ -268,8 +268,8 @@ def _check_analytic(
             )
         if teacher.name in RESERVED or teacher.name in [t.name for t in teachers[:index]]:
             raise ValueError(
-                f"teachers[{index}].name: got {teacher.name!r}; allowed: a name of no other teacher "
-                f"and of no metric but 'kl': {', '.join(sorted(RESERVED))}"
+                f"teachers[{index}].name: got {teacher.name!r}; allowed: a name of no other "
+                f"teacher and of no metric but 'kl': {', '.join(sorted(RESERVED))}"
             )
     if o.beta:
         raise _check.fail("objective.beta", o.beta, "0; pass the reference as a Teacher")
