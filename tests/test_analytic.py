@@ -243,7 +243,9 @@ def test_every_backend_is_the_reference_and_a_task_is_one_pass(world, backend, d
         h = world.hidden(rows).detach().to(dtype).requires_grad_()
         w = world.weight.detach().to(dtype).requires_grad_()
         low = [
-            Teacher(t.hidden.to(dtype), t.weight.to(dtype), t.bias.float(), coef=t.coef)
+            Teacher(
+                t.hidden.to(dtype), t.weight.to(dtype), t.bias.float(), coef=t.coef, name=t.name
+            )
             for t in world.teachers(rows, BETA)
         ]
         up = torch.float64 if dtype == torch.float64 else torch.float32
@@ -290,7 +292,12 @@ def test_masked_rows_are_not_looked_at(world):
         fill = (~mask)[..., None]
         h = world.hidden(rows).masked_fill(fill, torch.nan if garbage else 0)
         low = [
-            Teacher(t.hidden.masked_fill(fill, torch.nan if garbage else 0), t.weight, t.bias)
+            Teacher(
+                t.hidden.masked_fill(fill, torch.nan if garbage else 0),
+                t.weight,
+                t.bias,
+                name=t.name,
+            )
             for t in world.teachers(rows, BETA)
         ]
         y = world.tokens[rows].masked_fill(~mask, 2**40 if garbage else 0)
