@@ -243,7 +243,9 @@ def test_every_backend_is_the_reference_and_a_task_is_one_pass(world, backend, d
         h = world.hidden(rows).detach().to(dtype).requires_grad_()
         w = world.weight.detach().to(dtype).requires_grad_()
         low = [
-            Teacher(t.hidden.to(dtype), t.weight.to(dtype), t.bias.float(), coef=t.coef)
+            Teacher(
+                t.hidden.to(dtype), t.weight.to(dtype), t.bias.float(), coef=t.coef, name=t.name
+            )
             for t in world.teachers(rows, BETA)
         ]
         up = torch.float64 if dtype == torch.float64 else torch.float32
@@ -290,7 +292,12 @@ def test_masked_rows_are_not_looked_at(world):
         fill = (~mask)[..., None]
         h = world.hidden(rows).masked_fill(fill, torch.nan if garbage else 0)
         low = [
-            Teacher(t.hidden.masked_fill(fill, torch.nan if garbage else 0), t.weight, t.bias)
+            Teacher(
+                t.hidden.masked_fill(fill, torch.nan if garbage else 0),
+                t.weight,
+                t.bias,
+                name=t.name,
+            )
             for t in world.teachers(rows, BETA)
         ]
         y = world.tokens[rows].masked_fill(~mask, 2**40 if garbage else 0)
@@ -408,6 +415,12 @@ def test_bad_arguments_are_named(world):
         r"teacher 'kl': reverse_kl is infinite at row \[0, 0\]",
         Teacher(teacher.hidden, teacher.weight, blocked), groups=groups,
     )  # fmt: skip
+    one = torch.arange(V, dtype=torch.float64)[:, None].repeat(1, 2)
+    twins = [Teacher(teacher.hidden, one, name=name) for name in ("a", "b", "a")]
+    fails(r"teachers\[2\]\.name: got 'a'; allowed: .*of no other", twins, groups=groups)
+    for name in ("entropy", "future", "loss", "clip_high", "tokens"):
+        named = Teacher(teacher.hidden, one, name=name)
+        fails(rf"teachers\[0\]\.name: got '{name}'; allowed: ", named, groups=groups)
     with pytest.raises(ValueError, match=r"teacher.kind: got"):
         Teacher(teacher.hidden, teacher.weight, kind="k3")
     with pytest.raises(ValueError, match=r"teacher.coef: got"):

@@ -224,6 +224,16 @@ def test_a_table_of_another_dtype(backend, dtype):
         assert (a - b).norm() < (1e-6 if dtype == torch.float32 else 4e-3) * b.norm()
 
 
+@pytest.mark.parametrize("objective", ["grpo", "gspo"])
+def test_the_loss_keeps_its_dtype_beside_an_fp64_table(objective):
+    x = batch(mask=False)
+    wide = dataclasses.replace(x["costate"], embedding=x["costate"].embedding.double())
+    plain = loss_grads(x, "torch", objective=objective)
+    out, grads = loss_grads({**x, "costate": wide}, "torch", objective=objective)
+    assert out.loss.dtype == torch.float32 and torch.equal(out.loss, plain[0].loss)
+    close(grads, plain[1])
+
+
 def test_same_bits_on_repeat(backend, threads):
     x = batch(v=1035, **GUMBEL)
     for count in (1, 2):
@@ -283,7 +293,7 @@ BAD = [
     (changed(weight=1e-46), ValueError, "costate.weight"),
     (changed(weight=True), ValueError, "costate.weight"),
     (changed(noise=vgkern.Noise(0, torch.arange(4), torch.tensor(0)), relaxation="gumbel"),
-     ValueError, "noise"),
+     ValueError, "costate.noise"),
 ]  # fmt: skip
 
 

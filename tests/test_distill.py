@@ -268,6 +268,11 @@ def test_a_teacher_that_does_not_fit_is_one_error(tmp_path, folder):
     made.shape = dataclasses.replace(made.shape, vocab=64)
     save_checkpoint(made, tokenizer, wide)
     fails(r"teacher: .*wide has a vocabulary of 64, the student of 48", teacher=str(wide))
+    save_checkpoint(new_policy(dataclasses.replace(TINY, context=6))[0], tokenizer, tmp_path / "6")
+    fails(
+        r"teacher: .*6: prompt of 5 tokens \+ 5 new ones exceed context=6; allowed: a teacher with",
+        teacher=str(tmp_path / "6"),
+    )
     fails(r"objective: got 'gspo', .* allowed with a teacher", objective="gspo",
           kl_estimator="sampled")  # fmt: skip
     head = made.head()._replace(weight=torch.zeros(48, 32), softcap=30.0)
@@ -275,6 +280,16 @@ def test_a_teacher_that_does_not_fit_is_one_error(tmp_path, folder):
     one.policy.head = lambda: head
     with pytest.raises(ConfigError, match=r"soft-cap has no analytic .* kl_estimator = 'sampled'"):
         teacher.check_teacher(one.config, one.policy, one.tokenizer, one.policy, one.tokenizer)
+
+
+def test_a_teacher_may_be_the_folder_of_a_run(tmp_path, folder):
+    made = tmp_path / "run"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(dataclasses.asdict(TINY)))
+    with pytest.raises(ConfigError, match=r"teacher: .*run: a run that has saved no final weights"):
+        trainer(teacher=str(made))
+    shutil.copytree(folder, made / "final")
+    assert trainer(teacher=str(made)).parts.teacher.shape.width == 16
 
 
 def test_an_id_that_one_side_alone_can_produce_is_refused(folder):
@@ -316,8 +331,22 @@ def test_an_id_that_one_side_alone_can_produce_is_refused(folder):
             {"kl_estimator": "sampled", "distill_kind": "jsd"},
             r"distill_kind: got 'jsd'; allowed: 'reverse_kl' with kl_estimator 'sampled'",
         ),
+        ({"distill_kind": "jsd"}, r"distill_kind: got 'jsd', .*; allowed: 'reverse_kl', or a teac"),
+        ({"distill_coef": 0.5, "beta": 0.1}, r"distill_coef: got 0.5, .* allowed: 1.0, or a teach"),
+        ({"reward_coef": 0.5}, r"reward_coef: got 0.5, .*; allowed: 1.0, or beta"),
+        ({"future": 0.5}, r"future: got 0.5, .*; allowed: 1.0, or .* beta, entropy_coef or a"),
+        (
+            {"discount": 0.5, "beta": 0.1, "kl_estimator": "sampled"},
+            r"discount: got 0.5, .*; allowed: 1.0, or .* kl_estimator = 'analytic'",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_named(settings, match):
     with pytest.raises(ConfigError, match=match):
         Config(**settings)
+
+
+def test_settings_that_do_something_are_taken():
+    Config(future=0.5, discount=0.5, entropy_coef=0.1, reward_coef=0.5)
+    Config(future=0.5, teacher="a", kl_estimator="sampled", distill_coef=0.5, reward_coef=0.0)
+    Config(reward_coef=0.5, beta=0.1, kl_estimator="sampled")

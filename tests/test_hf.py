@@ -179,6 +179,15 @@ def test_sliding_window_bounds_the_text() -> None:
         policy.prefill([[1] * 9], 1, 1)
 
 
+def test_what_will_be_too_long_is_said_before_it_is_sampled() -> None:
+    policy = HFPolicy(tiny(max_position_embeddings=8), name="short")
+    policy.check(PROMPTS, 2)  # the last new token is not fed
+    with pytest.raises(ValueError, match=r"prompt of 7 tokens \+ 3 new ones .* short .* 8"):
+        policy.check(PROMPTS, 3)
+    with pytest.raises(ValueError, match="prompts: got an empty prompt"):
+        policy.check([[1], []], 3)
+
+
 def save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

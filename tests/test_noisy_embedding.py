@@ -212,6 +212,30 @@ def test_nan_logits_spoil_only_their_own_row(backend):
     assert g[4].isnan().all() and g[torch.arange(12) != 4].isfinite().all()
 
 
+@pytest.mark.parametrize("relaxation", ["gumbel", "expected"])
+def test_a_row_without_a_possible_id_has_no_soft_gradient(backend, relaxation):
+    x = model(bias="plain")
+    x["bias"] = torch.full((200,), -torch.inf)
+    names = ("hidden", "weight", "bias", "embedding")
+    y = {k: v.clone().requires_grad_() if k in names else v for k, v in x.items()}
+    out = vgkern.noisy_embedding(**y, noise=noise(12), relaxation=relaxation, backend=backend)
+    *soft, table = torch.autograd.grad(out.sum(), [y[k] for k in names])
+    assert all(not g.any() for g in soft)
+    assert table.sum() == out.numel()
+
+
+@pytest.mark.parametrize("other", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(backend, other):
+    x, grads = model(), []
+    for on in (False, True):
+        y = {k: x[k].clone().requires_grad_() for k in ("hidden", "weight", "embedding")}
+        with torch.autocast("cpu", dtype=other, enabled=on):
+            out = vgkern.noisy_embedding(**{**x, **y}, noise=noise(12), backend=backend)
+            grads.append(torch.autograd.grad(out.square().sum(), list(y.values())))
+    for plain, cast in zip(*grads, strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_table_sums_are_fp32_and_repeat(backend, threads):
     """4096 times the same token in bf16: a running bf16 sum would stop at 256."""
     n = 4096

@@ -136,7 +136,7 @@ def test_gradients_are_unchanged_to_the_bit_and_hooks_leave(policy):
 
     plain, _ = gradient()
     with costate.probe(policy, each=costate_sink) as p:
-        assert hooks() == 5
+        assert hooks() == 7
         probed, _ = gradient()
         late = loss_of(policy, True)
     assert all(map(torch.equal, plain, probed))
@@ -214,6 +214,36 @@ def test_passes_are_counted_and_what_has_none_says_so(policy):
         False,
         False,
     ]  # frozen below layer 2
+
+
+class Shared(nn.Module):
+    """Blocks that run more than once in a forward pass."""
+
+    def __init__(self, order, twice=False):
+        super().__init__()
+        made = [nn.Linear(5, 5) for _ in range(2)]
+        self.layers = nn.ModuleList([made[0], made[0]] if twice else made)
+        self.order = order
+
+    def forward(self, x):
+        for index in self.order:
+            x = self.layers[index](x)
+        return x
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0, 1), (0, 0, 1), (0, 1, 1)], ids=str)
+def test_a_block_that_runs_twice_in_a_pass_is_refused(order):
+    x = torch.randn(2, 3, 5)
+    shared = Shared(order)
+    again = r"^model: got block layers\.\d, run twice in one forward pass; allowed"
+    with costate.probe(shared), pytest.raises(ValueError, match=again):
+        shared(x)
+    with pytest.raises(ValueError, match=r"^layers: got one module twice"):
+        costate.probe(Shared((0, 1), twice=True))
+    once = Shared((0, 1))
+    with costate.probe(once) as p:  # two passes are two passes
+        (once(x).sum() + once(2 * x).sum()).backward()
+    assert len(p.results()) == 2
 
 
 @pytest.mark.parametrize("group", [4, 8])

@@ -6,6 +6,7 @@ import sys
 from test_probe import SMALL
 
 from vgkern.__main__ import main
+from vgkern.train import probe
 from vgkern.train.checkpoint import new_policy, save_checkpoint
 
 
@@ -52,3 +53,36 @@ def test_the_command_names_flag_and_remedy(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*model, "--task", "sort", "--prompts", "2", "--group", "4"]) == 0
     assert "pip install matplotlib" in capsys.readouterr().out
+
+
+def test_a_layer_that_is_not_there_is_said_before_measuring(tmp_path, capsys, monkeypatch):
+    made, tokenizer = new_policy(SMALL)
+    save_checkpoint(made, tokenizer, tmp_path / "model")
+    monkeypatch.setattr(probe, "measure", None)
+    flags = ["--model", str(tmp_path / "model"), "--task", "sort", "--out", str(tmp_path / "out")]
+    assert main(["probe", *flags, "--layer", "4"]) == 2
+    assert capsys.readouterr().err == ("vgkern probe: --layer: got 4; allowed: 0 (input) to 3\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_probe_has_written_nothing(tmp_path, capsys, monkeypatch):
+    made, tokenizer = new_policy(SMALL)
+    save_checkpoint(made, tokenizer, tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--task", "sort", "--prompts", "2", "--group", "4"]
+
+    def interrupted(*given, **more):
+        raise KeyboardInterrupt
+
+    for name, folder in (("measure", "new/out"), ("draw", "new/out"), ("draw", "old")):
+        out = tmp_path / folder
+        if folder == "old":
+            out.mkdir()
+            (out / "notes").write_text("mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(probe, name, interrupted)
+            assert main(["probe", *flags, "--out", str(out)]) == 130
+        assert "nothing was written" in capsys.readouterr().err
+        assert [p.name for p in out.rglob("*")] == (["notes"] if folder == "old" else [])
+        assert out.exists() == (folder == "old")
+    assert main(["probe", *flags, "--out", str(out)]) == 0
+    assert {p.name for p in out.iterdir()} - {"costates.png"} == {"notes", "probe.json"}

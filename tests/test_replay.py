@@ -87,6 +87,23 @@ def test_a_small_fault_is_reported_and_not_refused():
     assert 0.5 < got < 0.99
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_greedy_tokens_say_nothing_about_noise(per_row):
+    """Any noise chooses them again: they agree, and there is no chance to hold that against."""
+    hidden, weight, token, noise, bias = case(temperature=0)
+    cold = torch.zeros(N).index_fill(0, torch.arange(9), 1.0) if per_row else 0
+    mask = torch.arange(N) > 8
+    where = (hidden, weight, token, noise)
+    assert replay_agreement(*where, bias=bias, temperature=cold, mask=mask) == 1
+    with pytest.raises(ValueError, match=r"temperature: got .*; allowed: > 0 with check"):
+        replay_agreement(*where, bias=bias, temperature=cold, mask=mask, check=True)
+    if per_row:  # a row that is not looked at may be greedy
+        warm = vgkern.linear_sample(hidden, weight, noise, bias=bias, temperature=cold).token
+        where = (hidden, weight, warm, noise)
+        got = replay_agreement(*where, bias=bias, temperature=cold, mask=~mask, check=True)
+        assert got == 1
+
+
 def test_bad_arguments_are_named():
     hidden, weight, token, noise, _ = case()
     with pytest.raises(TypeError, match=r"noise: got int 5; allowed: vgkern.Noise"):

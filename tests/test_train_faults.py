@@ -11,6 +11,7 @@ from vgkern.__main__ import main
 from vgkern.train import run
 from vgkern.train.checkpoint import load_policy
 from vgkern.train.errors import CheckpointError, ConfigError, TaskError, TrainingError
+from vgkern.train.model import Decoder
 from vgkern.train.tasks import Entry, Stream, checked_score, make_task
 from vgkern.train.trainer import SKIPS
 
@@ -98,3 +99,14 @@ def test_rewards_beyond_reason_and_entries_that_break_are_named():
 
     with pytest.raises(TaskError, match="task 'broken', entry 0: IndexError: no more"):
         Stream(Broken()).take(1)  # type: ignore[arg-type]
+
+
+def test_a_soft_capped_head_has_no_analytic_kl(monkeypatch):
+    """Said before a rollout is paid for; entropy, and the sampled KL, know soft-caps."""
+    plain = Decoder.head
+    monkeypatch.setattr(Decoder, "head", lambda self: plain(self)._replace(softcap=5.0))
+    with pytest.raises(ConfigError, match=r"beta: got 0\.1, .*kl_estimator = 'sampled'"):
+        trainer(beta=0.1)
+    for settings in ({"entropy_coef": 0.1}, {"beta": 0.1, "kl_estimator": "sampled"}):
+        made = trainer(**settings)
+        assert made.gradient(made.batch(*batch(made)), True)["entropy"] > 3

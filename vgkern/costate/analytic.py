@@ -32,10 +32,11 @@ from vgkern.ops.group_advantages import group_advantages
 from vgkern.ops.linear_divergence import KINDS, Divergence, linear_divergence
 from vgkern.ops.linear_policy_loss import linear_policy_loss
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
-from vgkern.ops.policy_loss import PolicyLoss, prepare
+from vgkern.ops.policy_loss import COUNTS, PolicyLoss, prepare
 
 BLOCKED = -1e8  # a bias at or below this makes an id impossible
 SCORE = Objective(advantage="none", ratio="none", surrogate="linear")
+RESERVED = {*COUNTS, "future", "loss"} - {"kl"}  # metrics that no teacher may be called after
 COLUMNS = 8  # added for a bias: its parts, and zeros, so that rows stay aligned
 
 
@@ -49,7 +50,7 @@ class Teacher:
         bias: [V] or None.
         kind: "reverse_kl" KL(student || teacher), "forward_kl" KL(teacher || student), "jsd".
         coef: weight of its divergence in f_t.
-        name: of its metric, the mean divergence per token in nats.
+        name: of its metric, the mean divergence per token in nats; no other metric's, but "kl".
 
     Raises ValueError that names the field.
     """
@@ -264,6 +265,11 @@ def _check_analytic(
             allowed = "vgkern.costate.Teacher"
             raise TypeError(
                 f"teachers[{index}]: got {_check.describe(teacher)}; allowed: {allowed}"
+            )
+        if teacher.name in RESERVED or teacher.name in [t.name for t in teachers[:index]]:
+            raise ValueError(
+                f"teachers[{index}].name: got {teacher.name!r}; allowed: a name of no other "
+                f"teacher and of no metric but 'kl': {', '.join(sorted(RESERVED))}"
             )
     if o.beta:
         raise _check.fail("objective.beta", o.beta, "0; pass the reference as a Teacher")

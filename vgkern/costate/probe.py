@@ -41,6 +41,7 @@ class _Pass:
     def __init__(self, layers: int, place: Any) -> None:
         self.rows: list[Tensor | None] = [None] * layers
         self.place = place
+        self.seen: set[int] = set()  # layers whose forward ran
 
 
 def probe(
@@ -58,7 +59,8 @@ def probe(
     layout that their blocks see. Gradient checkpointing (use_reentrant=False)
     changes nothing.
 
-    Raises ValueError naming `model` or `layers` where the blocks cannot be told.
+    Raises ValueError naming `model` or `layers` where the blocks cannot be told, and inside a
+    forward pass that runs a block twice.
     """
     return Probe(model, layers, each)
 
@@ -78,6 +80,12 @@ class Probe:
         else:
             blocks = _blocks(model) if layers is None else _given(layers)
             self.points = [(blocks[0], True), *((block, False) for block in blocks)]
+        outputs = [module for module, entering in self.points if not entering]
+        if len(set(outputs)) < len(outputs):
+            raise _check.fail("layers", "one module twice", "blocks that a forward pass runs once")
+        self.owner = _owner(model, outputs)
+        self.running = 0  # passes begun in the owner's forward so far; 0 outside of it
+        self.inside = False
         names = {module: name for name, module in model.named_modules()}
         first = "input of " if self.points[0][1] else ""
         self.names = tuple(names.get(module, type(module).__name__) for module, _ in self.points)
@@ -94,6 +102,9 @@ class Probe:
         if place is not None:
             hook = lambda _, args: setattr(self, "place", place(*args))  # noqa: E731
             self.handles.append(self.model.register_forward_pre_hook(hook))
+        self.inside = False
+        self.handles.append(self.owner.register_forward_pre_hook(lambda *_: self._enter(True)))
+        self.handles.append(self.owner.register_forward_hook(lambda *_: self._enter(False)))
         for layer, (module, entering) in enumerate(self.points):
             if entering:
                 made: Any = module.register_forward_pre_hook(
@@ -142,6 +153,9 @@ class Probe:
         remedy = "one of each inside `with probe(...)`; for more of them use results()"
         raise _check.fail("probe", got, remedy)
 
+    def _enter(self, inside: bool) -> None:
+        self.inside, self.running = inside, 0
+
     def _entering(self, layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self._watch(layer, _stream([*args, *kwargs.values()]))
@@ -161,7 +175,15 @@ class Probe:
         if recomputed or not torch.is_grad_enabled():
             return
         if layer == 0:
-            self.passes.append(_Pass(len(self.points), self.place))
+            self.running += 1
+            if not self.inside or self.running == 1:
+                self.passes.append(_Pass(len(self.points), self.place))
+        if self.passes:
+            if layer in self.passes[-1].seen:
+                name = self.names[layer].removeprefix("input of ")
+                allowed = "blocks that run once; else say which with layers=[...]"
+                raise _check.fail("model", f"block {name}, run twice in one forward pass", allowed)
+            self.passes[-1].seen.add(layer)
         if x is None or not x.requires_grad or not self.passes:
             return
         run, each = self.passes[-1], self.each
@@ -174,6 +196,15 @@ class Probe:
                     each(layer, _spread(costate.detach(), run.place))
 
         self.handles.append(x.register_hook(arrived))
+
+
+def _owner(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
+    """The innermost module whose forward runs all the blocks."""
+    found = model
+    for module in model.modules():  # an outer one comes before what is in it
+        if not isinstance(module, nn.ModuleList) and set(blocks) <= set(module.modules()):
+            found = module
+    return found
 
 
 def _spread(rows: Tensor, place: Any) -> Tensor:

@@ -46,7 +46,8 @@ def replay_agreement(
     limit: look at so many rows at most, drawn by the noise's seed and the number of rows: the same
     rows whenever the same call is made.
     check: raise ValueError where the agreement is no better than chance, which is what noise of
-    other tokens gives. Costs a second forward of the head; needs a host sync on a GPU.
+    other tokens gives, and for greedy tokens, which any noise gives. Costs a second
+    forward of the head; needs a host sync on a GPU.
 
     Raises ValueError / TypeError naming the argument, as `linear_sample`; NonFiniteError for NaN.
     """
@@ -70,6 +71,9 @@ def replay_agreement(
     if isinstance(temperature, Tensor):
         t = _check.rows_like("temperature", temperature, shape, f"a number or {list(shape)}")
         temperature = t.reshape(-1)[rows]
+    if check and bool((torch.as_tensor(temperature) == 0).any()):
+        got = "0" if isinstance(temperature, Tensor) else temperature
+        raise _check.fail("temperature", got, "> 0 with check: any noise chooses greedy tokens")
     h, y = hidden.reshape(-1, hidden.shape[-1])[rows], tokens.reshape(-1)[rows]
     same = dict(
         bias=bias, temperature=temperature, softcap=softcap, top_k=top_k, top_p=top_p, min_p=min_p,

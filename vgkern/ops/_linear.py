@@ -8,12 +8,16 @@ from torch import Tensor
 from vgkern.ops import _check
 
 
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Products inside are in the dtype of what is multiplied."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
 def linear_logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """fp32 logits [..., V] (fp64 for fp64 input), whatever the dtype of the inputs."""
     up = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    device = hidden.device.type
-    known = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if known else contextlib.nullcontext():
+    with no_autocast(hidden.device):
         logits = hidden.to(up) @ weight.to(up).T
     return logits if bias is None else logits + bias.to(up)
 

@@ -75,7 +75,7 @@ class Costate:
         tau, noise = relaxed("costate.", self.relaxation, self.tau, self.noise)
         sequence = position = None
         if noise is not None:
-            sequence, position = noise.rows(live.shape, live.device)
+            sequence, position = noise.rows(live.shape, live.device, "costate.noise")
         if self.weight == 0:
             return None
         given = self.value.detach().masked_fill(~live[..., None], 0)
@@ -142,7 +142,7 @@ class _Term(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, value: Tensor, scale: Tensor) -> Tensor:
-        return x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        return torch.zeros_like(scale)  # in the dtype of the loss, whatever the table's is
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

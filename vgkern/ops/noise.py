@@ -65,13 +65,15 @@ class Noise:
         """The seed's bits as an int64, which is all that an operator's schema can take."""
         return self.seed - 2**64 if self.seed >= 2**63 else self.seed
 
-    def rows(self, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rows(
+        self, shape: torch.Size, device: torch.device, name: str = "noise"
+    ) -> tuple[Tensor, Tensor]:
         """(sequence, position), each int64 [N], broadcast to rows of `shape` and flattened."""
         try:
             s, p = self.sequence.expand(shape), self.position.expand(shape)
         except RuntimeError:
             got = f"sequence {list(self.sequence.shape)}, position {list(self.position.shape)}"
-            raise _check.fail("noise", got, f"shapes that broadcast to {list(shape)}") from None
+            raise _check.fail(name, got, f"shapes that broadcast to {list(shape)}") from None
         return s.to(device).reshape(-1).contiguous(), p.to(device).reshape(-1).contiguous()
 
     def words(self, vocab: int, plane: int = 0) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
-from vgkern.ops._linear import linear_inputs, linear_logits_ref
+from vgkern.ops._linear import linear_inputs, linear_logits_ref, no_autocast
 from vgkern.ops.noise import Noise
 
 RELAXATIONS = ("gumbel", "expected")
@@ -67,11 +67,14 @@ def straight_through_ref(
     z = z / temperature
     if noise is not None:
         z = (z + noise.gumbel(weight.shape[0], up)) / tau
-    q = z.softmax(-1)
+    none = z.amax(-1, keepdim=True) == -torch.inf  # every id is blocked
+    q = z.masked_fill(none, 0).softmax(-1)
+    live = live & ~none
     u = linear_logits_ref(x, embedding.to(up), None)
     dz = (q * (u - (q * u).sum(-1, keepdim=True)) * slope / (tau * temperature)).where(live, 0)
     table = torch.zeros(embedding.shape, dtype=up, device=x.device).index_add(0, tokens, x)
-    return dz @ weight.to(up), dz.T @ h.to(up), dz.sum(0), table
+    with no_autocast(x.device):
+        return dz @ weight.to(up), dz.T @ h.to(up), dz.sum(0), table
 
 
 class StraightThrough(torch.autograd.Function):

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -19,6 +19,8 @@ from .policy import Policy, Tokenizer
 
 if TYPE_CHECKING:
     from .config import Config
+
+RUN = {"task", "task_options", "few_shot", "temperature"}  # in the config.json of every run
 
 
 def save_checkpoint(policy: Policy, tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -46,6 +48,28 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def find(model: str) -> tuple[str, dict[str, Any]]:
+    """The weights to load, and the settings of the run they came from ({} without one)."""
+    folder = Path(model)
+    run = _settings(folder)
+    if not run:
+        return model, _settings(folder.parent) if folder.is_dir() else {}
+    for weights in (folder / "final", *sorted(folder.glob("step-*"), reverse=True)):
+        if weights.is_dir():
+            return str(weights), run
+    raise CheckpointError(
+        f"{folder}: a run that has saved no final weights; name a checkpoint in it"
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and set(found) >= RUN else {}
 
 
 def load_policy(path: str) -> tuple[Policy, Tokenizer]:

@@ -101,6 +101,34 @@ class Config:
                 f"distill_kind: got {self.distill_kind!r}; allowed: 'reverse_kl' with kl_estimator "
                 f"'sampled': the student's own tokens are samples of no other"
             )
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """A setting that was changed and would do nothing is a mistake."""
+        others = self.beta or self.entropy_coef or self.teacher
+        to_come = self.teacher or (others and self.kl_estimator == "analytic")
+        learner = "a teacher to distil from"
+        idle = {}
+        if not self.teacher:
+            idle = dict.fromkeys(("distill_coef", "distill_kind"), ("without a teacher", learner))
+        if not others:
+            remedy = f"beta, entropy_coef or {learner}"
+            idle["reward_coef"] = ("with nothing beside the reward (lr is its scale)", remedy)
+        if not to_come:
+            text = "without an analytic or a teacher's term"
+            remedy = f"one of beta, entropy_coef or {learner}"
+            if others:
+                remedy = "kl_estimator = 'analytic'"
+            for name in ("future", "discount"):
+                idle[name] = (text, f"any with {remedy}")
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.name in idle and value != spec.default:
+                why, remedy = idle[spec.name]
+                raise ConfigError(
+                    f"{spec.name}: got {value!r}, which does nothing {why}; "
+                    f"allowed: {spec.default!r}, or {remedy}"
+                )
 
         self._check_sparse()
 

@@ -273,6 +273,17 @@ class HFPolicy(torch.nn.Module):
     def _index(self, index: Ints) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(index)).to(self.device)
 
+    def check(self, prompts: list[list[int]], new: int) -> None:
+        """Can `new` tokens follow these prompts? ValueError says what is too long, or empty."""
+        longest = max(map(len, prompts), default=0)
+        if not prompts or not min(map(len, prompts)):
+            raise ValueError("prompts: got an empty prompt or none; each needs at least one token")
+        if self.window is not None and longest + new - 1 > self.window:  # the last one is not fed
+            raise ValueError(
+                f"prompt of {longest} tokens + {new} new ones exceed what {self.name} attends over,"
+                f" or was built for: {self.window}"
+            )
+
     def save(self, folder: str) -> None:
         self.model.save_pretrained(folder)
 

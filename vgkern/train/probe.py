@@ -6,11 +6,14 @@ Measuring is in `readouts.py`; here are the flags, the run's folder and what is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,8 @@ import torch
 
 from vgkern import costate
 
-from .checkpoint import load_policy
-from .errors import ConfigError
+from .checkpoint import find, load_policy
+from .errors import CheckpointError, ConfigError
 from .log import clock
 from .policy import Tokenizer
 from .readouts import Sampling, Text, measure, summarize
@@ -70,7 +73,10 @@ def parse(arguments: list[str]) -> Options:
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
     add("--out", help="folder for probe.json and costates.png (default: runs/probe-TIME)")
     given = vars(p.parse_args(arguments))
-    given["weights"], run = find(given["model"])
+    try:
+        given["weights"], run = find(given["model"])
+    except CheckpointError as error:
+        raise ConfigError(f"--model: {error}") from None
     own = given["task"] in (None, run.get("task"))
     for name in ("task", *NEUTRAL):  # the run's options of another task are none of this one's
         if given[name] is None:
@@ -97,28 +103,6 @@ def parse(arguments: list[str]) -> Options:
     return Options(**given)
 
 
-def find(model: str) -> tuple[str, dict[str, Any]]:
-    """The weights to load, and the settings of the run they came from ({} without one)."""
-    folder = Path(model)
-    run = _settings(folder)
-    if not run:
-        return model, _settings(folder.parent) if folder.is_dir() else {}
-    for weights in (folder / "final", *sorted(folder.glob("step-*"), reverse=True)):
-        if weights.is_dir():
-            return str(weights), run
-    raise ConfigError(
-        f"--model: {folder} is a run that has saved no final weights; name a checkpoint in it"
-    )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and {"task", *NEUTRAL} <= set(found) else {}
-
-
 def main(arguments: list[str]) -> None:
     """Raises RunError (a flag, a task, a file that will not do) with the whole message."""
     options, start = parse(arguments), time.perf_counter()
@@ -126,7 +110,7 @@ def main(arguments: list[str]) -> None:
     if (out / "probe.json").exists():
         raise ConfigError(f"--out: {out} holds another probe; choose another folder")
     torch.set_num_threads(options.threads)
-    try:
+    with _own_words():
         extra = json.loads(options.task_options)
         if not isinstance(extra, dict):
             raise ValueError(f"task_options: got {extra!r}; allowed: a JSON object")
@@ -136,28 +120,49 @@ def main(arguments: list[str]) -> None:
         check = getattr(policy, "check", None)  # too long for the model: said now
         if check is not None:
             check([max((tokenizer.encode(e.question) for e in entries), key=len)], task.max_new)
-        _prepare(out)
-        sampling = Sampling(options.group, options.temperature, options.seed, options.hops)
-        groups, text = measure(policy, tokenizer, task, entries, sampling, progress())
-    except ValueError as error:  # a task's or model's own words for what it cannot take
-        raise ConfigError(f"--{error}" if str(error).startswith("task") else str(error)) from error
-    found = summarize(groups, options.best_of)
-    depth = len(found["layers"])
+        module: Any = policy
+        depth = len(costate.probe(module).points)
     layer = depth // 2 if options.layer is None else options.layer
     if layer >= depth:
         raise ConfigError(f"--layer: got {layer}; allowed: 0 (input) to {depth - 1}")
-    found = {**asdict(options), "layer": layer, **found, "seconds": time.perf_counter() - start}
-    (out / "probe.json").write_text(json.dumps(_plain(found), indent=2) + "\n")
-    picture = draw(found, text, tokenizer, out / "costates.png")
+    sampling = Sampling(options.group, options.temperature, options.seed, options.hops)
+    with _staged(out) as folder:
+        with _own_words():
+            groups, text = measure(policy, tokenizer, task, entries, sampling, progress())
+        found = {**asdict(options), "layer": layer, **summarize(groups, options.best_of)}
+        found["seconds"] = time.perf_counter() - start
+        (folder / "probe.json").write_text(json.dumps(_plain(found), indent=2) + "\n")
+        picture = draw(found, text, tokenizer, folder / "costates.png")
     print("\n".join([*screen(found), f"  {out}/: probe.json; costates.png {picture}"]), flush=True)
 
 
-def _prepare(out: Path) -> None:
+@contextlib.contextmanager
+def _own_words() -> Iterator[None]:
+    """A task's or model's own words for what it cannot take."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except ValueError as error:
+        raise ConfigError(f"--{error}" if str(error).startswith("task") else str(error)) from error
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder whose files move to `out` together, at the end; of an earlier end nothing stays."""
+    new, partial = not out.exists(), out / f".partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         remedy = "choose another folder"
         raise ConfigError(f"--out: {out}: {error.strerror}; {remedy}") from None
+    try:
+        yield partial
+        for path in sorted(partial.iterdir()):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds the probe
+            if new:
+                out.rmdir()
 
 
 def progress() -> Callable[[int, int], None]:

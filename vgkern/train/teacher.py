@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vgkern.costate.analytic import BLOCKED
 
-from .checkpoint import load_policy
+from .checkpoint import find, load_policy
 from .config import Config
 from .errors import ConfigError
 from .policy import Head, Policy, Tokenizer
@@ -18,17 +18,29 @@ from .policy import Head, Policy, Tokenizer
 SHOWN = 3  # ids of an error message
 
 
-def load_teacher(config: Config, policy: Policy, tokenizer: Tokenizer) -> Policy | None:
-    """The policy at `config.teacher`, or None; ConfigError names what is wrong."""
+def load_teacher(
+    config: Config, policy: Policy, tokenizer: Tokenizer, prompts: list[list[int]], new: int
+) -> Policy | None:
+    """The policy at `config.teacher`, or None; ConfigError names what is wrong.
+
+    It will see texts like these prompts with up to `new` tokens after them.
+    """
     if not config.teacher:
         return None
     try:
-        teacher, other = load_policy(config.teacher)
+        teacher, other = load_policy(find(config.teacher)[0])
     except ValueError as error:
         raise ConfigError(f"teacher: {error}") from None
     except RuntimeError as error:  # a checkpoint without weights, or with half of them
         raise ConfigError(f"teacher: {error}; allowed: a folder that a run has written") from None
     check_teacher(config, teacher, other, policy, tokenizer)
+    check = getattr(teacher, "check", None)
+    try:
+        if check is not None:
+            check(prompts, new)
+    except ValueError as error:
+        allowed = "a teacher with a context as long as the student's texts"
+        raise ConfigError(f"teacher: {config.teacher}: {error}; allowed: {allowed}") from None
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     return teacher

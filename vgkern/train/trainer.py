@@ -60,7 +60,8 @@ class Trainer:
         self.stream, self.held_out = stream, held_out
         self.task: Task = stream.task
         self.objective = make_objective(config)
-        teacher = load_teacher(config, policy, tokenizer)
+        prompts = [tokenizer.encode(entry.question) for entry in held_out]
+        teacher = load_teacher(config, policy, tokenizer, prompts, self.task.max_new)
         self.parts = Update(config, policy, teacher, self.objective)
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), config.lr, betas=(0.9, 0.95),

@@ -68,6 +68,11 @@ class Update:
         self.config, self.policy, self.teacher, self.objective = config, policy, teacher, objective
         self.reference: Policy | None = None
         self.replay = False
+        if config.beta and config.kl_estimator == "analytic" and policy.head().softcap is not None:
+            raise ConfigError(
+                f"beta: got {config.beta}, and a head with a soft-cap has no analytic divergence; "
+                f"allowed: kl_estimator = 'sampled', or beta = 0"
+            )
         self.hold()
 
     def hold(self) -> None:
