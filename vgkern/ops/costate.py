@@ -8,6 +8,7 @@ It is what `noisy_embedding` carries back, added to the gradient that the loss m
 row: one recompute of the logits for the policy, entropy and costate terms together.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,12 +80,13 @@ class Costate:
         if self.weight == 0:
             return None
         given = self.value.detach().masked_fill(~live[..., None], 0)
-        value = given.to(table.dtype)  # fp16 may lack its range
+        value = given.to(table.dtype)  # `carried_rows` has seen to the range of fp16
         if _check.can_look(value.device) and not bool(value.isfinite().all()):
             at = (~value.isfinite()).nonzero()[0].tolist()
+            holds = torch.float32 if table.dtype == torch.float16 else table.dtype
             raise _check.NonFiniteError(
                 f"costate.value: got {float(given[tuple(at)])} at row {at[:-1]}; allowed: numbers "
-                f"finite in {table.dtype}, the dtype of costate.embedding, where a row is neither "
+                f"finite in {holds}, for the dtype of costate.embedding, where a row is neither "
                 "masked nor ignored"
             )
         if table.stride(1) != 1 or table.stride(0) < width:
@@ -105,13 +107,37 @@ class Carried(NamedTuple):
     embedding: Tensor  # [V, He]
     sequence: Tensor | None  # [N] int64; None: "expected"
     position: Tensor | None
-    scale: Tensor  # [] fp32, fp64 for an fp64 head
+    scale: Tensor  # [] or [N], fp32, fp64 for an fp64 head
 
 
 COSTATE = (
     "int seed=0, float tau=1.0, Tensor? costate=None, Tensor? embedding=None, "
     "Tensor? sequence=None, Tensor? position=None, Tensor? costate_scale=None"
 )
+
+
+def carried_rows(costate: Costate | None, live: Tensor, weight: Tensor) -> Carried | None:
+    """`Costate.carried`. Beside a table in fp16, which lacks the range of costates, a row is a
+    power of two, in `scale` [N], times what fp16 holds: rounded to 11 bits whatever its size."""
+    if costate is None or costate.embedding.dtype != torch.float16 or not costate.value.numel():
+        return None if costate is None else costate.carried(live, weight)
+    value = costate.value.detach()
+    most = value.abs().amax(-1, keepdim=True).to(torch.float32)
+    by = torch.exp2(torch.floor(torch.log2(most)))
+    known = (by >= torch.finfo(by.dtype).tiny) & by.isfinite()  # neither 0 nor NaN nor inf
+    by = by.where(known, 1)
+    out = dataclasses.replace(costate, value=value / by).carried(live, weight)
+    return out if out is None else out._replace(scale=out.scale * by.reshape(-1))
+
+
+def widened(costate: Carried) -> Carried:
+    """For the reference: fp32 instead of fp16, where what arrives from above may overflow."""
+    if costate.embedding.dtype != torch.float16:
+        return costate
+    up = costate.scale.dtype
+    value = costate.value.to(up) * costate.scale.expand(len(costate.value))[:, None]
+    one = costate.scale.new_ones(())
+    return costate._replace(value=value, embedding=costate.embedding.to(up), scale=one)
 
 
 def costate_of(costate: object) -> Costate | None:

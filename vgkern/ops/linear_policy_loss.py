@@ -22,13 +22,19 @@ from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
 from vgkern.ops._linear import grads_like, linear_inputs
-from vgkern.ops.costate import COSTATE, Carried, Costate, costate_of, costate_term_ref
+from vgkern.ops.costate import (
+    COSTATE,
+    Carried,
+    Costate,
+    carried_rows,
+    costate_of,
+    costate_term_ref,
+    widened,
+)
 from vgkern.ops.group_advantages import group_advantages
 from vgkern.ops.linear_token_logprobs import (
-    carried_rows,
     linear_token_logprobs_ref,
     scored,
-    widened,
 )
 from vgkern.ops.policy_loss import (
     COUNTS,

@@ -17,7 +17,6 @@ dW accumulates in fp32 and is not computed when the head is frozen.
 With a `Costate` the same recompute carries the third term of the row gradient, `vgkern.Costate`.
 """
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -28,7 +27,16 @@ from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
 from vgkern.ops._linear import grads_like, linear_inputs, linear_logits_ref
 from vgkern.ops._truncate import CUTS, cuts, temperatures, truncated_ref
-from vgkern.ops.costate import COSTATE, Carried, Costate, attached, costate_of, costate_term_ref
+from vgkern.ops.costate import (
+    COSTATE,
+    Carried,
+    Costate,
+    attached,
+    carried_rows,
+    costate_of,
+    costate_term_ref,
+    widened,
+)
 from vgkern.ops.token_logprobs import TokenLogprobs, token_logprobs_ref
 
 
@@ -232,30 +240,6 @@ def scored(
         backend, h2, weight, bias, flat, scalars, costate
     )
     return logp, entropy, term
-
-
-def carried_rows(costate: Costate | None, live: Tensor, weight: Tensor) -> Carried | None:
-    """`Costate.carried`. Beside a table in fp16, which lacks the range of costates, a row is a
-    power of two, in `scale` [N], times what fp16 holds: rounded to 11 bits whatever its size."""
-    if costate is None or costate.embedding.dtype != torch.float16 or not costate.value.numel():
-        return None if costate is None else costate.carried(live, weight)
-    value = costate.value.detach()
-    most = value.abs().amax(-1, keepdim=True).to(torch.float32)
-    by = torch.exp2(torch.floor(torch.log2(most)))
-    known = (by >= torch.finfo(by.dtype).tiny) & by.isfinite()  # neither 0 nor NaN nor inf
-    by = by.where(known, 1)
-    out = dataclasses.replace(costate, value=value / by).carried(live, weight)
-    return out if out is None else out._replace(scale=out.scale * by.reshape(-1))
-
-
-def widened(costate: Carried) -> Carried:
-    """For the reference: fp32 instead of fp16, where what arrives from above may overflow."""
-    if costate.embedding.dtype != torch.float16:
-        return costate
-    up = costate.scale.dtype
-    value = costate.value.to(up) * costate.scale.expand(len(costate.value))[:, None]
-    one = costate.scale.new_ones(())
-    return costate._replace(value=value, embedding=costate.embedding.to(up), scale=one)
 
 
 def _fake_fwd(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
