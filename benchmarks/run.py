@@ -33,7 +33,12 @@ SHARES = (0.5, 0.25)
 
 
 def paired(variants: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """Median seconds of each variant, A B C, C B A, A B C ..."""
+    """Median seconds of each variant."""
+    return {k: statistics.median(v) for k, v in interleaved(variants, repeat).items()}
+
+
+def interleaved(variants: dict[str, Callable[[], object]], repeat: int) -> dict[str, list[float]]:
+    """Seconds of each variant, A B C, C B A, A B C ..."""
     for f in variants.values():
         f()
     seconds: dict[str, list[float]] = {k: [] for k in variants}
@@ -42,7 +47,7 @@ def paired(variants: dict[str, Callable[[], object]], repeat: int) -> dict[str, 
             start = time.perf_counter()
             variants[k]()
             seconds[k].append(time.perf_counter() - start)
-    return {k: statistics.median(v) for k, v in seconds.items()}
+    return seconds
 
 
 def inputs(n: int, h: int, v: int, dtype: torch.dtype) -> dict[str, Tensor]:
