@@ -282,6 +282,20 @@ struct Counts {
     clamped += !inside(l.log_ratio);
     if (t.has_sampler) gap = at_least(std::fabs(log_ratio(t.logp, t.sampler)), gap);
   }
+  void merge(const Counts& c) {
+    tokens += c.tokens;
+    active += c.active;
+    low += c.low;
+    high += c.high;
+    dual += c.dual;
+    kl += c.kl;
+    entropy += c.entropy;
+    ratio += c.ratio;
+    ratio_min = at_most(c.ratio_min, ratio_min);
+    ratio_max = at_least(c.ratio_max, ratio_max);
+    clamped += c.clamped;
+    gap = at_least(c.gap, gap);
+  }
   void write(float* o) const {
     const double v[kSize] = {tokens,  active, low,       high,      dual,    kl,
                              entropy, ratio,  ratio_min, ratio_max, clamped, gap};

@@ -3,6 +3,17 @@
 
 namespace vgkern {
 
+namespace {
+
+constexpr int64_t kRun = 1024;  // rows that one thread takes at a time
+
+struct Sums {
+  Counts counts;
+  double loss = 0;
+};
+
+}  // namespace
+
 static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     const Tensor& logp,        // [B, T]
     const Tensor& advantages,  // [B, T]
@@ -29,39 +40,55 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     if (sam) t.sampler = sam[i], t.has_sampler = true;
     return t;
   };
-  Counts n;
-  double loss = 0;
-  for (int64_t s = 0; s < total; s += width) {  // one sequence
-    double length = 0, ratio = 0, mismatch = 0;
-    for (int64_t i = s; i < s + width; ++i)
-      if (w[i] != 0.f) {
-        length += 1;
-        ratio += ratio_part(token(i), o);
-        mismatch += mismatch_part(token(i), o);
-      }
-    const Sequence seq = sequence_of(length, ratio, mismatch, o);
-    double pending = 0;  // slope in the log-ratio of the sequence
-    for (int64_t i = s; i < s + width; ++i) {
-      if (w[i] == 0.f) continue;
-      n.tokens += 1;
-      if (!o.always_active() && adv[i] == 0.f) continue;
-      n.active += 1;
-      const TokenLoss t = token_loss(token(i), seq, o);
-      n.add(token(i), t);
-      loss += w[i] * (t.value - (ent ? double(o.entropy_coef) * ent[i] : 0.0));
-      dl[i] = w[i] * t.slope;
-      pending += double(w[i]) * t.sequence_slope;
-      if (ent) {
-        de[i] = -w[i] * o.entropy_coef;
-        n.entropy += ent[i];
-      }
-    }
-    if (pending != 0.0)
-      for (int64_t i = s; i < s + width; ++i)
-        if (w[i] != 0.f) dl[i] += float(pending * ratio_share(token(i), seq, o));
+  // Rows of one sequence, or any run of rows where sequences have nothing in common. The runs do
+  // not depend on the threads, and their sums are added in order: the same bits on every machine.
+  const int64_t run = o.row_local() ? kRun : width, runs = run ? (total + run - 1) / run : 0;
+  std::vector<Sums> sums(runs);
+  at::parallel_for(0, runs, std::max<int64_t>(kRun / std::max<int64_t>(run, 1), 1),
+                   [&](int64_t from, int64_t to) {
+                     for (int64_t k = from; k < to; ++k) {
+                       Sums n;
+                       const int64_t s = k * run, end = std::min(s + run, total);
+                       Sequence seq;
+                       if (!o.row_local()) {
+                         double length = 0, ratio = 0, mismatch = 0;
+                         for (int64_t i = s; i < end; ++i)
+                           if (w[i] != 0.f) {
+                             length += 1;
+                             ratio += ratio_part(token(i), o);
+                             mismatch += mismatch_part(token(i), o);
+                           }
+                         seq = sequence_of(length, ratio, mismatch, o);
+                       }
+                       double pending = 0;  // slope in the log-ratio of the sequence
+                       for (int64_t i = s; i < end; ++i) {
+                         if (w[i] == 0.f) continue;
+                         n.counts.tokens += 1;
+                         if (!o.always_active() && adv[i] == 0.f) continue;
+                         n.counts.active += 1;
+                         const TokenLoss t = token_loss(token(i), seq, o);
+                         n.counts.add(token(i), t);
+                         n.loss += w[i] * (t.value - (ent ? double(o.entropy_coef) * ent[i] : 0.0));
+                         dl[i] = w[i] * t.slope;
+                         pending += double(w[i]) * t.sequence_slope;
+                         if (ent) {
+                           de[i] = -w[i] * o.entropy_coef;
+                           n.counts.entropy += ent[i];
+                         }
+                       }
+                       if (pending != 0.0)
+                         for (int64_t i = s; i < end; ++i)
+                           if (w[i] != 0.f) dl[i] += float(pending * ratio_share(token(i), seq, o));
+                       sums[k] = n;
+                     }
+                   });
+  Sums all;
+  for (const Sums& n : sums) {
+    all.loss += n.loss;
+    all.counts.merge(n.counts);
   }
-  n.write(counts.data_ptr<float>());
-  return {at::full({}, loss, f32), dlogp, dent, counts};
+  all.counts.write(counts.data_ptr<float>());
+  return {at::full({}, all.loss, f32), dlogp, dent, counts};
 }
 
 TORCH_LIBRARY_IMPL(vgkern, CPU, m) { m.impl("policy_loss_fwd", &policy_loss_fwd); }
