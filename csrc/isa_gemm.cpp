@@ -107,13 +107,16 @@ inline void keep(const vf acc[][2], int64_t m, int64_t n, float* out, int64_t ld
     }
 }
 
+// `ahead`: of the weight rows that the next block will transpose, 64 bytes are fetched per unit.
 template <int M>
-void panel_f32(const float* a, const float* b, int64_t units, int64_t n, float* out, int64_t ldo) {
+void panel_f32(const float* a, const float* b, int64_t units, int64_t n, float* out, int64_t ldo,
+               const char* ahead) {
   vf acc[M][2];
 #pragma GCC unroll 12
   for (int r = 0; r < M; ++r) acc[r][0] = acc[r][1] = vset(0.f);
   for (int64_t k = 0; k < units; ++k) {
     const vf b0 = load(b + k * NL), b1 = load(b + k * NL + W);
+    _mm_prefetch(ahead + k * 64, _MM_HINT_T1);
 #pragma GCC unroll 12
     for (int r = 0; r < M; ++r) {
       const vf x = (vf)_mm512_set1_ps(a[k * MR + r]);
@@ -126,13 +129,15 @@ void panel_f32(const float* a, const float* b, int64_t units, int64_t n, float* 
 
 template <int M>
 __attribute__((target("avx512bf16"))) void panel_bf16(const float* a, const float* b, int64_t units,
-                                                      int64_t n, float* out, int64_t ldo) {
+                                                      int64_t n, float* out, int64_t ldo,
+                                                      const char* ahead) {
   __m512 acc[M][2];
 #pragma GCC unroll 12
   for (int r = 0; r < M; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < units; ++k) {
     const __m512bh b0 = (__m512bh)_mm512_loadu_ps(b + k * NL);
     const __m512bh b1 = (__m512bh)_mm512_loadu_ps(b + k * NL + W);
+    _mm_prefetch(ahead + k * 64, _MM_HINT_T1);
 #pragma GCC unroll 12
     for (int r = 0; r < M; ++r) {
       const __m512bh x = (__m512bh)_mm512_set1_ps(a[k * MR + r]);
@@ -148,7 +153,7 @@ __attribute__((target("avx512bf16"))) void panel_bf16(const float* a, const floa
     }
 }
 
-typedef void (*Panel)(const float*, const float*, int64_t, int64_t, float*, int64_t);
+typedef void (*Panel)(const float*, const float*, int64_t, int64_t, float*, int64_t, const char*);
 #define VG_PANELS(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>, f<9>, f<10>, f<11>, f<12>}
 const Panel kF32Panels[MR] = VG_PANELS(panel_f32), kBF16Panels[MR] = VG_PANELS(panel_bf16);
 
@@ -156,10 +161,13 @@ void block(Dtype t, bool pairs, const void* weight, int64_t ld, int64_t n, const
            int64_t c, int64_t h, float* out, int64_t ldo, float* space) {
   const int64_t units = pairs ? (h + 1) / 2 : h;
   transpose(t, pairs, weight, ld, n, h, space);
+  const char* next = static_cast<const char*>(at(t, weight, NL * ld));
   for (int64_t i = 0; i < c; i += MR) {
     const int64_t m = c - i < MR ? c - i : MR;
+    // two panels fetch all of it; the others touch what is there already
+    const char* ahead = next + (i / MR % 2) * 64 * units;
     (pairs ? kBF16Panels : kF32Panels)[m - 1](panels + i * units, space, units, n, out + i * ldo,
-                                              ldo);
+                                              ldo, ahead);
   }
 }
 
@@ -169,9 +177,9 @@ void block(Dtype t, bool pairs, const void* weight, int64_t ld, int64_t n, const
 
 extern const GemmKernels VG_OF_ISA(gemm_);
 #if VG_W == 16
-const GemmKernels VG_OF_ISA(gemm_) = {NL, false, panel_floats, pack, block};
+const GemmKernels VG_OF_ISA(gemm_) = {NL, MR, false, panel_floats, pack, block};
 #else
-const GemmKernels VG_OF_ISA(gemm_) = {0, false, nullptr, nullptr, nullptr};
+const GemmKernels VG_OF_ISA(gemm_) = {0, 0, false, nullptr, nullptr, nullptr};
 #endif
 
 }  // namespace vgkern

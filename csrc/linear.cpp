@@ -11,11 +11,11 @@ namespace {
 // A vendor GEMM sums a row in another order where there are only a few: there are never a few.
 constexpr int64_t kMinRows = 16;
 
-// Rows per block: 512 keep the GEMMs at their rate; a small vocabulary takes more rows (up to 16
-// MiB, which stays in the last cache), a huge one fewer (150 MiB bound the footprint).
+// Rows per block: about 512 keep the GEMMs at their rate; fewer where they make the block stay in
+// the last cache (12 MiB), or where it would be huge (148 MiB bound the footprint).
 int64_t chunk_rows(int64_t rows, int64_t v) {
-  const int64_t hot = (int64_t(16) << 20) / (4 * v), most = (int64_t(150) << 20) / (4 * v);
-  int64_t c = hot >= 512 ? std::min<int64_t>(hot, 2048) : std::min<int64_t>(most, 512);
+  const int64_t hot = (int64_t(12) << 20) / (4 * v), most = (int64_t(148) << 20) / (4 * v);
+  int64_t c = hot >= 384 ? std::min<int64_t>(hot, 512) : std::min<int64_t>(most, 448);
   c = std::max<int64_t>(c / 64 * 64, 64);
   const int64_t chunks = std::max<int64_t>((8 * rows + 9 * c - 1) / (9 * c), 1);  // equal chunks
   return std::max<int64_t>((rows + chunks - 1) / chunks, 1);
@@ -69,29 +69,6 @@ std::tuple<Tensor, Tensor, Tensor> Grads::finish(const Head& head, const OptTens
           out(need[2], dbias, bias ? bias->scalar_type() : dtype)};
 }
 
-void block_logits(const Head& head, bool pairs, int64_t v0, int64_t n, const float* panels,
-                  int64_t c, float* out) {
-  const GemmKernels& g = gemm();
-  at::parallel_for(0, (n + g.lanes - 1) / g.lanes, 1, [&](int64_t from, int64_t to) {
-    thread_local std::vector<float> space;
-    float* s = room(space, g.lanes * (head.h + 16));
-    for (int64_t b = from; b < to; ++b) {
-      const int64_t j = b * g.lanes;
-      g.block(head.dtype, pairs, row_ptr(head.weight, v0 + j), head.weight.stride(0),
-              std::min(g.lanes, n - j), panels, c, head.h, out + j, n, s);
-    }
-  });
-}
-
-Tensor head_tile(const Head& head, int64_t v0, int64_t n, std::vector<float>& space) {
-  if (head.dtype == kF32) return head.weight.narrow(0, v0, n);
-  float* w = room(space, n * head.h);
-  for_rows(n, [&](int64_t i) {
-    rows().widen(head.dtype, row_ptr(head.weight, v0 + i), w + i * head.h, head.h);
-  });
-  return block_view(w, n, head.h);
-}
-
 LinearRows::LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active,
                        const PerRow* per_row, const Costates* costates, Sparse* sparse)
     : head_(head), targets_(targets), active_(std::move(active)), per_row_(per_row),
@@ -103,18 +80,10 @@ LinearRows::LinearRows(const Head& head, const int64_t* targets, std::vector<int
   chunk_ = std::max(chunk_rows(r, costates ? 3 * head.v / 2 : head.v), kMinRows);
   tile_ = tile_columns(chunk_, head.v);
   tiles_ = (head.v + tile_ - 1) / tile_;
-  if (Space::busy().try_lock())
-    space_.reset(&Space::shared());
-  else
-    space_ = std::make_unique<Space>();
+  space_ = take_space();
 }
 
-LinearRows::~LinearRows() {
-  if (space_.get() == &Space::shared()) {
-    space_.release();
-    Space::busy().unlock();
-  }
-}
+LinearRows::~LinearRows() = default;
 
 Tensor LinearRows::weight_tile(int64_t t) {
   return head_tile(head_, t * tile_, std::min(tile_, head_.v - t * tile_), space_->weight);
@@ -127,15 +96,15 @@ void LinearRows::gather(const Chunk& k) {
     for_rows(k.count, [&](int64_t i) {
       std::memcpy(h + i * head_.h, row_ptr(head_.hidden, k.rows[i]), 2 * head_.h);
     });
-    g.pack(kBF16, true, h, head_.h, k.count, head_.h,
-           room(space_->panels, g.panel_floats(chunk_, head_.h)));
+    pack_rows(kBF16, true, h, head_.h, k.count, head_.h,
+              room(space_->panels, g.panel_floats(chunk_, head_.h)));
     hidden_ = view16(h, k.count, head_.h);
     return;
   }
   widen_rows(k);
   if (g.lanes)
-    g.pack(kF32, false, hidden_.const_data_ptr(), hidden_.stride(0), k.count, head_.h,
-           room(space_->panels, g.panel_floats(chunk_, head_.h)));
+    pack_rows(kF32, false, hidden_.const_data_ptr(), hidden_.stride(0), k.count, head_.h,
+              room(space_->panels, g.panel_floats(chunk_, head_.h)));
 }
 
 void LinearRows::widen_rows(const Chunk& k) {

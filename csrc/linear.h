@@ -78,6 +78,12 @@ class Costates {
 
 class Sparse;
 
+struct LinearSpace;  // linear_space.h: the buffers, one set at a time
+struct ReturnSpace {
+  void operator()(LinearSpace*) const;
+};
+using HeldSpace = std::unique_ptr<LinearSpace, ReturnSpace>;
+
 class LinearRows {
  public:
   LinearRows(const Head& head, const int64_t* targets, std::vector<int64_t> active,
@@ -91,7 +97,6 @@ class LinearRows {
            bool known = false);
 
  private:
-  struct Space;
   Transform transform_of(int64_t row) const;
   void logits(const Chunk&, int64_t t, bool statistics);
   void score(const Chunk&);
@@ -114,7 +119,7 @@ class LinearRows {
   bool dense_;      // the active rows are all rows, in order
   bool pairs_;      // bf16 stays bf16: this CPU multiplies its pairs faster than floats
   int64_t chunk_, tile_, tiles_;
-  std::unique_ptr<Space> space_;
+  HeldSpace space_;
   Tensor hidden_;  // [count, H] of the current chunk, fp32 (bf16 if pairs_)
 };
 
@@ -123,6 +128,9 @@ int64_t tile_columns(int64_t rows, int64_t v);
 
 // fp32 columns [v0, v0 + n) of the head, widened into `space` when needed.
 Tensor head_tile(const Head&, int64_t v0, int64_t n, std::vector<float>& space);
+
+// hidden rows [c, H] to panels, on every core
+void pack_rows(Dtype, bool pairs, const void* rows, int64_t ld, int64_t c, int64_t h, float* out);
 
 // logits [c, n] of columns [v0, v0 + n) by the kernels of gemm.h, from packed hidden rows.
 void block_logits(const Head&, bool pairs, int64_t v0, int64_t n, const float* panels, int64_t c,

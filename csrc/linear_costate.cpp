@@ -89,7 +89,7 @@ void LinearRows::gather_costates(const Chunk& k) {
       rows().widen(table.dtype, from, wide + i * h, h);
   });
   if (g.lanes)
-    g.pack(as, pairs, wide, h, n, h, room(space_->value_panels, g.panel_floats(chunk_, h)));
+    pack_rows(as, pairs, wide, h, n, h, room(space_->value_panels, g.panel_floats(chunk_, h)));
 }
 
 void LinearRows::pull(int64_t t) {

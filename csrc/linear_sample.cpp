@@ -1,4 +1,4 @@
-#include "linear.h"
+#include "linear_space.h"
 
 namespace vgkern {
 
@@ -41,35 +41,36 @@ static std::tuple<Tensor, Tensor, Tensor> linear_sample_fwd(
   // Whole rows: the winner's log-probability needs the others once more. 16 MiB, 64 rows at least.
   const int64_t most = std::clamp<int64_t>((int64_t(16) << 20) / (4 * v), 64, 512);
   const int64_t rows_at_once = std::min(std::max<int64_t>(b, 1), most);
-  std::vector<float> block(rows_at_once * v), wide, hid, panels;
+  const HeldSpace space = take_space();
+  float* block = room(space->block, rows_at_once * v);
   const GemmKernels& g = gemm();
   const bool pairs = head.dtype == kBF16 && g.bf16;
   for (int64_t r0 = 0; r0 < b; r0 += rows_at_once) {
     const int64_t n = std::min(rows_at_once, b - r0);
     Tensor h = head.hidden.narrow(0, r0, n);
     if (g.lanes) {
-      panels.resize(g.panel_floats(n, head.h));
-      g.pack(head.dtype, pairs, h.const_data_ptr(), h.stride(0), n, head.h, panels.data());
+      pack_rows(head.dtype, pairs, h.const_data_ptr(), h.stride(0), n, head.h,
+                room(space->panels, g.panel_floats(n, head.h)));
     } else if (head.dtype != kF32) {
-      hid.resize(n * head.h);
+      float* hid = room(space->hidden, n * head.h);
       for_rows(n, [&](int64_t i) {
-        rows().widen(head.dtype, row_ptr(h, i), hid.data() + i * head.h, head.h);
+        rows().widen(head.dtype, row_ptr(h, i), hid + i * head.h, head.h);
       });
-      h = at::from_blob(hid.data(), {n, head.h}, f32);
+      h = block_view(hid, n, head.h);
     }
     if (g.lanes) {
-      block_logits(head, pairs, 0, v, panels.data(), n, block.data());
+      block_logits(head, pairs, 0, v, space->panels.data(), n, block);
     } else {
       const int64_t tile = tile_columns(n, v);
       for (int64_t v0 = 0; v0 < v; v0 += tile) {  // never a whole widened head
         const int64_t m = std::min(tile, v - v0);
-        Tensor z = at::from_blob(block.data() + v0, {n, m}, {v, 1}, f32);
-        at::mm_out(z, h, head_tile(head, v0, m, wide).t());
+        Tensor z = at::from_blob(block + v0, {n, m}, {v, 1}, f32);
+        at::mm_out(z, h, head_tile(head, v0, m, space->weight).t());
       }
     }
     for_rows(n, [&](int64_t i) {
       thread_local Kept kept;
-      float* z = block.data() + i * v;
+      float* z = block + i * v;
       const int64_t row = r0 + i;
       const bool greedy = temp[row] == 0.f;
       Transform t = head.transform;

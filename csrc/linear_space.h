@@ -1,14 +1,10 @@
-// What the files of the chunk driver share: its buffers.
+// What the files of the linear ops share: their buffers.
 #pragma once
-#include <mutex>
-
 #include "linear.h"
 
 namespace vgkern {
 
-// Kept between calls: page faults of a fresh block would land inside the first GEMM. One process-
-// wide set; a second thread that comes in meanwhile works on its own.
-struct LinearRows::Space {
+struct LinearSpace {
   std::vector<float> block, hidden, dhidden, weight, panels;
   std::vector<float> u, value, value_panels;  // costates
   std::vector<uint16_t> dz16, hidden16;
@@ -18,15 +14,9 @@ struct LinearRows::Space {
   std::vector<float> c, e, lean;
   std::vector<int64_t> source;
   std::vector<int64_t> slot, pulled;  // row of u of a block row or -1, and the other way round
-  static Space& shared() {
-    static Space* s = new Space;  // never destroyed: threads may outlive statics
-    return *s;
-  }
-  static std::mutex& busy() {
-    static std::mutex* m = new std::mutex;
-    return *m;
-  }
 };
+
+HeldSpace take_space();
 
 template <class T>
 T* room(std::vector<T>& v, int64_t n) {
