@@ -71,22 +71,59 @@ Tensor head_tile(const Head& head, int64_t v0, int64_t n, std::vector<float>& sp
   return block_view(w, n, head.h);
 }
 
-HeadBlock::HeadBlock(const Head& head, int64_t chunk) : head_(head), chunk_(chunk) {
-  wide_.resize(chunk * head.h);
+Tensor view16(uint16_t* p, int64_t n, int64_t m) {
+  return at::from_blob(p, {n, m}, at::TensorOptions().dtype(at::kBFloat16));
+}
+
+void backward16(const Head& head, const Tensor& dz, int64_t v0, const Tensor& hidden, float* dh,
+                bool first_tile, Grads& g) {
+  auto accumulate = [](const Tensor& part, float* to, bool first) {
+    const int64_t m = part.size(1);
+    for_rows(part.size(0), [&](int64_t i) {
+      float wide[512];
+      for (int64_t j = 0; j < m; j += 512) {
+        const int64_t n = std::min<int64_t>(512, m - j);
+        const char* from = row_ptr(part, i) + 2 * j;
+        if (first) {
+          rows().widen(kBF16, from, to + i * m + j, n);
+        } else {
+          rows().widen(kBF16, from, wide, n);
+          rows().add(to + i * m + j, wide, n);
+        }
+      }
+    });
+  };
+  const int64_t n = dz.size(1);
+  if (g.need[0]) accumulate(at::mm(dz, head.weight.narrow(0, v0, n)), dh, first_tile);
+  if (g.need[1])
+    accumulate(at::mm(dz.narrow(0, 0, hidden.size(0)).t(), hidden),
+               g.dweight.data_ptr<float>() + v0 * head.h, g.first);
+}
+
+HeadBlock::HeadBlock(const Head& head, int64_t chunk)
+    : head_(head), chunk_(chunk), pairs_(head.dtype == kBF16 && gemm().bf16) {
+  if (pairs_)
+    hidden16_.resize(chunk * head.h);
+  else
+    wide_.resize(chunk * head.h);
   if (gemm().lanes) panels_.resize(gemm().panel_floats(chunk, head.h));
 }
 
 void HeadBlock::logits(const int64_t* at, int64_t count, float* out) {
   rows_ = at;
   count_ = count;
+  const int64_t h = head_.h;
   for_rows(count, [&](int64_t i) {
-    rows().widen(head_.dtype, row_ptr(head_.hidden, at[i]), wide_.data() + i * head_.h, head_.h);
+    const char* row = row_ptr(head_.hidden, at[i]);
+    if (pairs_)
+      std::memcpy(hidden16_.data() + i * h, row, 2 * h);
+    else
+      rows().widen(head_.dtype, row, wide_.data() + i * h, h);
   });
-  hidden_ = block_view(wide_.data(), count, head_.h);
-  const GemmKernels& g = gemm();
-  if (g.lanes) {
-    pack_rows(kF32, false, wide_.data(), head_.h, count, head_.h, panels_.data());
-    block_logits(head_, false, 0, head_.v, panels_.data(), count, out);
+  hidden_ = pairs_ ? view16(hidden16_.data(), count, h) : block_view(wide_.data(), count, h);
+  if (gemm().lanes) {
+    pack_rows(pairs_ ? kBF16 : kF32, pairs_, hidden_.const_data_ptr(), h, count, h, panels_.data());
+    block_logits(head_, pairs_, 0, head_.v, panels_.data(), count, out);
     return;
   }
   const int64_t tile = tile_columns(count, head_.v);
@@ -100,8 +137,19 @@ void HeadBlock::logits(const int64_t* at, int64_t count, float* out) {
 void HeadBlock::backward(float* dlogits, Grads& g) {
   const int64_t h = head_.h, v = head_.v;
   Tensor dz = block_view(dlogits, count_, v);
-  if (g.need[0]) {
-    Tensor dh = at::empty({count_, h}, hidden_.options());
+  Tensor dh = g.need[0] ? at::empty({count_, h}, dz.options()) : Tensor();
+  if (pairs_) {
+    const int64_t tile = tile_columns(count_, v);
+    uint16_t* half = room(dz16_, count_ * tile);
+    for (int64_t v0 = 0; v0 < v; v0 += tile) {
+      const int64_t n = std::min(tile, v - v0);
+      for_rows(count_, [&](int64_t i) {
+        rows().narrow(kBF16, dlogits + i * v + v0, half + i * n, n);
+      });
+      backward16(head_, view16(half, count_, n), v0, hidden_,
+                 g.need[0] ? dh.data_ptr<float>() : nullptr, v0 == 0, g);
+    }
+  } else if (g.need[0]) {
     const int64_t tile = head_.dtype == kF32 ? v : tile_columns(count_, v);
     for (int64_t v0 = 0; v0 < v; v0 += tile) {
       const int64_t n = std::min(tile, v - v0);
@@ -111,11 +159,12 @@ void HeadBlock::backward(float* dlogits, Grads& g) {
       else
         at::addmm_out(dh, dh, part, w);
     }
+  }
+  if (g.need[0])
     for_rows(count_, [&](int64_t i) {
       std::memcpy(g.dhidden.data_ptr<float>() + rows_[i] * h, row_ptr(dh, i), sizeof(float) * h);
     });
-  }
-  if (g.need[1]) {
+  if (g.need[1] && !pairs_) {
     if (g.first)
       at::mm_out(g.dweight, dz.t(), hidden_);
     else

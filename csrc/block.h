@@ -20,8 +20,10 @@ class HeadBlock {
   const Head& head_;
   int64_t chunk_, count_ = 0;
   const int64_t* rows_ = nullptr;
-  Tensor hidden_;  // [count, H] fp32
+  const bool pairs_;  // bf16 stays bf16: this CPU multiplies its pairs faster than floats
+  Tensor hidden_;     // [count, H] fp32 (bf16 if pairs_)
   std::vector<float> wide_, panels_, weight_;
+  std::vector<uint16_t> hidden16_, dz16_;
 };
 
 }  // namespace vgkern

@@ -34,24 +34,37 @@ static Tensor group_advantages_fwd(const Tensor& rewards,  // [B] float64
   struct Group {
     double count = 0, sum = 0, square = 0, low = 0, high = 0;
   };
-  std::unordered_map<int64_t, Group> by;
-  by.reserve(size_t(n));
+  std::unordered_map<int64_t, int64_t> index;
+  std::vector<Group> by;
+  std::vector<int64_t> of(n);
+  bool finite = true;
   for (int64_t i = 0; i < n; ++i) {
-    Group& g = by[id[i]];
+    if (i && id[i] == id[i - 1]) {  // samples of a prompt mostly come one after the other
+      of[i] = of[i - 1];
+    } else {
+      of[i] = index.try_emplace(id[i], int64_t(by.size())).first->second;
+      if (of[i] == int64_t(by.size())) by.emplace_back();
+    }
+    finite &= std::isfinite(x[i]);
+    Group& g = by[of[i]];
     g.low = g.count ? std::min(g.low, x[i]) : x[i];
     g.high = g.count ? std::max(g.high, x[i]) : x[i];
     g.count += 1;
     g.sum += x[i];
   }
   for (int64_t i = 0; i < n; ++i) {
-    Group& g = by[id[i]];
+    Group& g = by[of[i]];
     const double d = x[i] - g.sum / g.count;
     g.square += d * d;
   }
+  const bool needs_two = estimator <= kRloo || estimator == kReinforceBaseline;
+  const bool alone = std::any_of(by.begin(), by.end(), [](const Group& g) { return g.count == 1; });
+  if (!finite || (needs_two && alone))  // NaN throughout: the caller sees it, and says why
+    return at::full({n}, std::numeric_limits<double>::quiet_NaN(), r.options());
   Tensor out = at::empty_like(r);
   double* a = out.data_ptr<double>();
   for (int64_t i = 0; i < n; ++i) {
-    const Group& g = by[id[i]];
+    const Group& g = by[of[i]];
     const double d = g.low == g.high ? 0.0 : x[i] - g.sum / g.count;
     const double std = std::sqrt(g.square / (g.count - 1));
     switch (estimator) {

@@ -21,10 +21,6 @@ int64_t chunk_rows(int64_t rows, int64_t v) {
   return std::max<int64_t>((rows + chunks - 1) / chunks, 1);
 }
 
-Tensor view16(uint16_t* p, int64_t n, int64_t m) {
-  return at::from_blob(p, {n, m}, at::TensorOptions().dtype(at::kBFloat16));
-}
-
 }  // namespace
 
 int64_t tile_columns(int64_t rows, int64_t v) {
@@ -213,32 +209,6 @@ void LinearRows::add_bias(const float* block, int64_t live, int64_t v0, int64_t 
   });
 }
 
-// The vendor's bf16 GEMMs; every product is rounded once, sums over tiles and chunks are fp32.
-void LinearRows::backward16(const Tensor& dz, int64_t v0, bool first_tile, Tensor& dh, Grads& g) {
-  auto accumulate = [](const Tensor& part, float* to, bool first) {
-    const int64_t m = part.size(1);
-    for_rows(part.size(0), [&](int64_t i) {
-      float wide[512];
-      for (int64_t j = 0; j < m; j += 512) {
-        const int64_t n = std::min<int64_t>(512, m - j);
-        const char* from = row_ptr(part, i) + 2 * j;
-        if (first) {
-          rows().widen(kBF16, from, to + i * m + j, n);
-        } else {
-          rows().widen(kBF16, from, wide, n);
-          rows().add(to + i * m + j, wide, n);
-        }
-      }
-    });
-  };
-  const int64_t n = dz.size(1);
-  if (g.need[0])
-    accumulate(at::mm(dz, head_.weight.narrow(0, v0, n)), dh.data_ptr<float>(), first_tile);
-  if (g.need[1])
-    accumulate(at::mm(dz.narrow(0, 0, hidden_.size(0)).t(), hidden_),
-               g.dweight.data_ptr<float>() + v0 * head_.h, g.first);
-}
-
 void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads& g) {
   const int64_t h = head_.h;
   // Live rows first: a dead row's slot takes the last live row. Slots at or past `live` are only
@@ -314,7 +284,8 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
     std::fill(block + live * n, block + height * n, 0.f);
     if (pairs_) {
       std::fill(dz16 + live * n, dz16 + height * n, uint16_t(0));
-      backward16(view16(dz16, height, n), v0, t == 0, dh, g);
+      backward16(head_, view16(dz16, height, n), v0, hidden_,
+                 g.need[0] ? dh.data_ptr<float>() : nullptr, t == 0, g);
       return;
     }
     Tensor dz = block_view(block, live, n);

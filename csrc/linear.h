@@ -108,7 +108,6 @@ class LinearRows {
   Tensor weight_tile(int64_t t);
   void gather(const Chunk&);
   void widen_rows(const Chunk&);
-  void backward16(const Tensor& dz, int64_t v0, bool first_tile, Tensor& dh, Grads&);
   void add_bias(const float* block, int64_t live, int64_t v0, int64_t n, Grads&);
   const Head& head_;
   const int64_t* targets_;
@@ -128,6 +127,12 @@ int64_t tile_columns(int64_t rows, int64_t v);
 
 // fp32 columns [v0, v0 + n) of the head, widened into `space` when needed.
 Tensor head_tile(const Head&, int64_t v0, int64_t n, std::vector<float>& space);
+
+// Gradients from dz [>= count, n] of columns [v0, v0 + n), all bf16, by the vendor's GEMMs: every
+// product is rounded once, sums over tiles (dh [rows of dz, H]) and chunks are fp32.
+void backward16(const Head&, const Tensor& dz, int64_t v0, const Tensor& hidden, float* dh,
+                bool first_tile, Grads&);
+Tensor view16(uint16_t* p, int64_t n, int64_t m);
 
 // hidden rows [c, H] to panels, on every core
 void pack_rows(Dtype, bool pairs, const void* rows, int64_t ld, int64_t c, int64_t h, float* out);

@@ -1,4 +1,5 @@
 #include "block.h"
+#include "linear_space.h"
 
 namespace vgkern {
 
@@ -6,9 +7,11 @@ namespace {
 
 // Statistics of a whole row, the most likely id kept apart as if it were the target.
 RowStats whole_row(float* z, int64_t v) {
-  const int64_t best = std::max_element(z, z + v) - z;
+  constexpr float low = -std::numeric_limits<float>::infinity();
+  RaceState first{low, 0.f, 0.f, low, low, -1};
+  rows().race(z, v, 0, RaceKey{.greedy = true}, first);
   RowState s = fresh();
-  rows().stats(z, v, best, s);
+  rows().stats(z, v, std::max<int64_t>(first.best_id, 0), s);
   return finish(s);
 }
 
@@ -31,7 +34,8 @@ std::vector<int64_t> where(const Tensor& mask, int64_t n) {
 struct Pair {
   Head student, teacher;
   int64_t chunk;
-  Tensor z, t;
+  HeldSpace space;
+  float *z, *t;
   HeadBlock left, right;
   Pair(const Tensor& hidden, const Tensor& weight, const Tensor& teacher_hidden,
        const Tensor& teacher_weight, double temperature, double softcap, double teacher_softcap,
@@ -39,8 +43,8 @@ struct Pair {
       : student(hidden, weight, std::nullopt, temperature, softcap),
         teacher(teacher_hidden, teacher_weight, std::nullopt, temperature, teacher_softcap),
         chunk(block_rows(count, student.v, 2)),
-        z(at::empty({chunk, student.v}, at::TensorOptions().dtype(at::kFloat))),
-        t(at::empty({chunk, student.v}, at::TensorOptions().dtype(at::kFloat))),
+        space(take_space()), z(room(space->block, chunk * student.v)),
+        t(room(space->u, chunk * student.v)),
         left(student, chunk), right(teacher, chunk) {
     TORCH_CHECK(student.n == teacher.n && student.v == teacher.v,
                 "vgkern: rows or vocabularies differ");
@@ -51,10 +55,10 @@ struct Pair {
     const int64_t total = int64_t(live.size()), v = student.v;
     for (int64_t at = 0; at < total; at += chunk) {
       const int64_t n = std::min(chunk, total - at), *r = live.data() + at;
-      left.logits(r, n, z.data_ptr<float>());
-      right.logits(r, n, t.data_ptr<float>());
+      left.logits(r, n, z);
+      right.logits(r, n, t);
       for_rows(n, [&](int64_t i) {
-        float *a = z.data_ptr<float>() + i * v, *b = t.data_ptr<float>() + i * v;
+        float *a = z + i * v, *b = t + i * v;
         if (!student.transform.plain()) rows().transform(a, v, 0, student.transform);
         if (!teacher.transform.plain()) rows().transform(b, v, 0, teacher.transform);
         row(r[i], a, b);
@@ -132,7 +136,7 @@ static std::tuple<Tensor, Tensor> linear_divergence_bwd(
                                  tr.inv_temperature);
           for (int64_t j = 0; tr.softcap != 0.f && j < v; ++j) z[j] *= slopes[j];
         },
-        [&] { pair.left.backward(pair.z.data_ptr<float>(), grads); });
+        [&] { pair.left.backward(pair.z, grads); });
   auto [dh, dw, db] = grads.finish(pair.student, std::nullopt, true);
   return {dh, dw};
 }

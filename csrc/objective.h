@@ -130,12 +130,14 @@ VG_HD inline Surrogated clip_surrogate(double a, float r, float dr, const Object
   const bool cap = o.delta > 0.f;
   const double one = double(cap ? at_most(r, o.delta) : r) * a,
                two = double(between(r, lo, hi)) * a;
-  const bool first = one <= two, moves = first ? !cap || r <= o.delta : r >= lo && r <= hi;
+  const bool first = one <= two;
+  const bool moves = (first & (!cap | (r <= o.delta))) | (!first & (r >= lo) & (r <= hi));
   s.value = -(two < one ? two : one);
   s.along_d = moves ? -a * dr : 0;
-  s.low = a < 0 && r < lo;
-  s.high = a > 0 && r > hi;
-  s.dual = cap && r > o.delta && (a < 0 ? o.delta >= hi : a > 0 && r <= hi);
+  // not &&: the sign of an advantage is a coin, which no branch predictor knows
+  s.low = (a < 0) & (r < lo);
+  s.high = (a > 0) & (r > hi);
+  s.dual = cap & (r > o.delta) & (((a < 0) & (o.delta >= hi)) | ((a > 0) & (r <= hi)));
   if (o.dual_clip > 0.f && a < 0 && r > o.dual_clip) {
     s.value = -double(o.dual_clip) * a;
     s.along_d = 0;

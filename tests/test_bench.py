@@ -7,8 +7,8 @@ from bench_fakes import CPU, RATES, TINY, FakeClock
 import vgkern
 from vgkern.bench import cli, clock, group, offline, roof
 from vgkern.bench.clock import paired, spread, summary
-from vgkern.bench.plan import Options, plan, variants, wants_peak
-from vgkern.bench.shapes import LEAST_ROWS, MODELS, cut, memory_rows
+from vgkern.bench.plan import Options, estimate, plan, variants, wants_peak
+from vgkern.bench.shapes import MODELS, TIME_ROWS, cut, memory_rows
 from vgkern.bench.work import FWD, OPS, Work, bare_products, cost
 
 # --- the clock
@@ -120,11 +120,13 @@ def test_bare_products_are_the_products():
 
 
 def test_rows_are_cut_to_memory_and_time():
-    assert cut(4096, ("memory", 5000), ("time", 9000)) == (4096, "")
-    assert cut(4096, ("memory", 700), ("time", 900)) == (512, "memory")
-    assert cut(4096, ("memory", 5000), ("time", 900)) == (512, "time")
-    assert cut(4096, ("memory", 5000), ("time", 3)) == (LEAST_ROWS, "time")
-    assert cut(4096, ("memory", 3), ("time", 900)) == (0, "memory")
+    assert cut(4096, 5000, 9000) == cut(4096, 5000) == (4096, "")
+    assert cut(4096, 700, 900) == (512, "memory")
+    assert cut(4096, 5000, 900) == (512, "time")
+    assert cut(4096, 5000, 3) == (TIME_ROWS, "time")
+    assert cut(64, 5000, 3) == (64, "")
+    assert cut(4096, 100, 3) == (64, "memory")
+    assert cut(4096, 3, 900) == (0, "memory")
     free, model = 8 * 2**30, MODELS["llama-3-8b"]
     rows = memory_rows(free, model.hidden, model.vocab, 2)
     used = model.hidden * model.vocab * 12 + rows * model.vocab * 16
@@ -145,8 +147,12 @@ def test_the_plan_fits_its_budget_and_covers_every_op():
         assert {w.op for w in works} == set(OPS)
         assert max(w.rows for w in works if w.shape == "small" and not w.sweep) <= 2048
         assert options.seconds == budget
-    shapes = {w.shape for w in plan(Options(), RATES, 2e10) if w.op == "linear_policy_loss"}
-    assert shapes >= set(MODELS)
+        assert sum(estimate(w, options, RATES) for w in works if w.cut != "time") <= budget
+    losses = [w for w in plan(Options(), RATES, 2e10) if w.op == "linear_policy_loss"]
+    assert {w.shape for w in losses} >= set(MODELS)  # also those that are left out
+    assert min(w.rows for w in losses if w.rows and not w.sweep) >= TIME_ROWS
+    rows = {w.shape: w.rows for w in losses if not w.sweep}
+    assert rows["smollm2-135m"] and not rows["qwen3-32b"]  # RATES: of two cores
     fast, slow = (plan(Options(), {k: v * s for k, v in RATES.items()}, 2e10) for s in (100, 1))
     assert sum(w.rows for w in fast) > sum(w.rows for w in slow)
 

@@ -243,6 +243,13 @@ def test_peak_memory_is_that_of_a_new_process():
     assert found["vgkern cpu"] < found["torch eager"]
 
 
+def test_peak_memory_of_one_that_fails_is_its_own_loss():
+    work = TINY.replace(rows=32, hidden=8, vocab=64)
+    variants = ["nobody", "vgkern cpu"]
+    found = memory.main(json.dumps({"work": vars(work), "variants": variants, "threads": 1}))
+    assert found["nobody"].startswith("KeyError") and isinstance(found["vgkern cpu"], float)
+
+
 def test_without_matplotlib_the_remedy_is_said(tmp_path, monkeypatch):
     for name in [m for m in sys.modules if m.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)

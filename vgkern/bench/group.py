@@ -162,12 +162,6 @@ class Group:
             raise Skip(f"computes something else: {error:.2g} from ours, allowed: {allowed:.2g}")
         return error
 
-    def warm(self, name: str) -> Call:
-        call = self.call(name)
-        call()
-        self.forget()
-        return call
-
 
 def difference(a: Tensor, b: Tensor | None, least: float) -> float:
     """|a - b| / |b|, norms; |b| counts as at least `least` an element. A head's worth at a time."""

@@ -25,10 +25,11 @@ from .work import Work
 MIB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
+COMPILED = ("torch.compile", "cut-cross-entropy", "Liger")
 
 
-def peaks(work: Work, variants: Sequence[str], threads: int) -> dict[str, float]:
-    """MiB by variant, in a new process; those that failed are left out. Raises Skip with why."""
+def peaks(work: Work, variants: Sequence[str], threads: int) -> dict[str, float | str]:
+    """MiB by variant, in a new process, or why it has none. Raises Skip where no variant ran."""
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]).strip(os.pathsep)
     asked = json.dumps({"work": vars(work), "variants": list(variants), "threads": threads})
@@ -42,7 +43,7 @@ def peaks(work: Work, variants: Sequence[str], threads: int) -> dict[str, float]
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise Skip(f"peak memory: {said}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float | str] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -70,24 +71,38 @@ def _resident(key: str) -> float:
     raise RuntimeError(f"no {key} on this system")
 
 
-def main(asked: str) -> dict[str, float]:
-    from .group import Group
+def main(asked: str) -> dict[str, float | str]:
+    from .group import Group, first_line
 
     given = json.loads(asked)
     torch.set_num_threads(given["threads"])
     work, device = Work(**given["work"]), torch.device("cpu")
-    if work.vocab:
-        few = Group(work.replace(rows=min(work.rows, 16)), device)
-        for name in given["variants"]:
-            few.warm(name)
-    group, found = Group(work, device), {}
+    found: dict[str, float | str] = {}
+
+    # Compiled for the shape at hand only: dynamic shapes would be another program.
+    few = [n for n in given["variants"] if n not in COMPILED] if work.vocab else []
+
+    def one(group: Group, name: str, warm: bool, measured: bool) -> None:
+        if name in found:
+            return
+        try:
+            call = group.call(name)
+            if warm:
+                call()
+                group.forget()
+            if measured:
+                found[name] = host_peak(call)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {first_line(error)}"
+        group.forget()
+
+    small = Group(work.replace(rows=min(work.rows, 16)), device)
+    for name in few:
+        one(small, name, warm=True, measured=False)
+    del small
+    group = Group(work, device)
     for name in given["variants"]:
-        call = group.call(name)
-        if name in ("torch.compile", "cut-cross-entropy", "Liger"):
-            call()
-        group.forget()
-        found[name] = host_peak(call)
-        group.forget()
+        one(group, name, warm=name in COMPILED, measured=True)
     return found
 
 

@@ -1,10 +1,12 @@
 """Which groups run, in which order, and how many rows of each: within a budget of seconds.
 
-The length of one call is what gives: from CALLS the longest is taken with which everything fits
-the budget by estimate; rows are cut to it, and to the memory that is free. While it runs, each
-group gets its share of the time that is left.
+The length of one call gives first: from CALLS the longest is taken with which everything fits the
+budget by estimate; rows are cut to it, and to the memory that is free. Where even the shortest does
+not fit, the largest models are left out, and the report says so. While it runs, each group gets its
+share of the time that is left.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,12 +17,13 @@ from .shapes import MODELS, SAMPLES, cut, memory_rows
 from .work import BOTH, CASES, DTYPES, HEADS, OPS, Work, gemm_flops
 
 CALLS = (0.6, 0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.015)  # seconds of the bare products of one call
+SHORTEST = {"quick": 0.015, "default": 0.06, "full": 0.06}  # of CALLS
 ROUNDS = {"quick": 5, "default": 7, "full": 15}
 BUDGET = {"quick": 70.0, "default": 720.0, "full": 7200.0}  # seconds, of which start-up is no part
 FREE_SHARE = 0.4  # of the memory that is free now
 COMPILE_SECONDS = 8.0
 LARGE = ("llama-3-8b", "qwen3-32b")
-LAST = ("qwen2.5-0.5b", *LARGE)
+TIERS = ("smollm2-135m", "qwen2.5-0.5b", *LARGE)  # the rest comes before them, in this order
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 SWEPT = "linear_policy_loss"
 LOOPS = ("costate_scan", "linear_rollout")  # in plain PyTorch a loop over time
@@ -66,7 +69,9 @@ class Options:
             return ("fp32",)
         if self.level == "full":
             return tuple(DTYPES)
-        return ("bf16",) if shape in LARGE else ("fp32", "bf16") if shape in MODELS else ("fp32",)
+        if shape in TIERS[1:]:
+            return ("bf16",)
+        return ("fp32", "bf16") if shape in MODELS else ("fp32",)
 
 
 def variants(work: Work, options: Options) -> list[str]:
@@ -93,15 +98,36 @@ def _worth_compiling(work: Work, options: Options) -> bool:
 
 def plan(options: Options, rates: dict[str, float], free: float) -> list[Work]:
     """Raises ValueError when the filters leave nothing."""
-    for seconds in CALLS:
-        works = _works(options, rates, free, seconds)
+    for seconds in (s for s in CALLS if s >= SHORTEST[options.level]):
+        works = sorted(_works(options, rates, free, seconds), key=_tier)
         if sum(estimate(w, options, rates) for w in works) <= options.seconds:
             break
     if not works:
         raise ValueError("nothing to measure: no op has such a shape, dtype and pass")
+    works = _fitting(works, options, rates)
     if options.level == "quick":  # a compilation last: on a busy machine it takes all the time
-        return sorted(works, key=lambda w: "torch.compile" in variants(w, options))
-    return sorted(works, key=lambda w: w.shape in LAST)  # so that no picture is left out for them
+        works.sort(key=lambda w: "torch.compile" in variants(w, options))
+    return works
+
+
+def _tier(work: Work) -> int:
+    if work.shape not in TIERS or work.sweep:
+        return -1
+    return TIERS.index(work.shape) + 2 * (work.op in ("linear_divergence", "noisy_embedding"))
+
+
+def _fitting(works: list[Work], options: Options, rates: dict[str, float]) -> list[Work]:
+    """Those that do not fit the time, by estimate, without rows; the first always fits."""
+    spent = 0.0
+    found: list[Work] = []
+    for work in works:
+        seconds = estimate(work, options, rates)
+        if found and spent + seconds > options.seconds:
+            work = work.replace(rows=0, cut="time")
+        else:
+            spent += seconds
+        found.append(work)
+    return found
 
 
 def _works(options: Options, rates: dict[str, float], free: float, seconds: float) -> list[Work]:
@@ -121,7 +147,9 @@ def _works(options: Options, rates: dict[str, float], free: float, seconds: floa
 
 
 def _passes(work: Work, options: Options) -> Sequence[str]:
-    return work.passes[-1:] if options.level == "quick" else work.passes
+    """Forward alone is scoring: of the log-prob ops that is worth its time at every size."""
+    scored = options.level == "full" or work.shape not in TIERS or "logprobs" in work.op
+    return work.passes if scored and options.level != "quick" else work.passes[-1:]
 
 
 def _sized(
@@ -134,14 +162,13 @@ def _sized(
         given = "" if options.rows == of else "given"
         return work.replace(**size, rows=options.rows, cut=given)
     fit = memory_rows(FREE_SHARE * free, model.hidden, model.vocab, work.torch_dtype.itemsize)
-    limits = [("memory", fit)]
+    in_time = math.inf
     if work.op == "token_logprobs":
-        row = 3 * model.vocab * work.torch_dtype.itemsize
-        limits.append(("time", seconds * rates["copy"] / row))
+        in_time = seconds * rates["copy"] / (3 * model.vocab * work.torch_dtype.itemsize)
     elif work.op != "linear_sample":
         one = gemm_flops(work.op, 1, model.hidden, model.vocab)
-        limits.append(("time", seconds * rates[work.dtype] / one))
-    rows, why = cut(of, *limits)
+        in_time = seconds * rates[work.dtype] / one
+    rows, why = cut(of, fit, in_time)
     return work.replace(**size, rows=rows, cut=why)
 
 

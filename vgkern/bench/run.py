@@ -47,7 +47,8 @@ def run(options: Options, out: Path | None = None, tell: Say = say) -> Report:
         remaining = options.seconds - spent
         tell(f"[{i + 1}/{len(works)}] {work}{_cut(work)}; {_left(min(rest, remaining))}")
         if not work.rows and work.vocab:
-            report.skip(f"{EVERY}: {work}", "not even 16 rows fit in memory")
+            why = "the time budget" if work.cut == "time" else "memory"
+            report.skip(f"{EVERY}: {work}", f"it does not fit {why}")
         elif remaining <= 0:
             why = f"the time budget of {options.seconds:.0f} s was spent"
             report.skip(f"{EVERY}: {work}", why)
@@ -104,12 +105,20 @@ def _peaks(work: Work, rows: list[Row], report: Report) -> None:
     except Skip as why:
         return report.skip(f"{EVERY}: {work}", str(why))
     for row in rows:
-        row.peak_mib = found.get(row.variant)
+        peak = found[row.variant]
+        if isinstance(peak, str):
+            report.skip(f"{row.variant}: {work}", f"peak memory: {peak}")
+        else:
+            row.peak_mib = peak
 
 
 def _memory_only(work: Work, names: list[str], report: Report) -> None:
     found = memory.peaks(work, names, torch.get_num_threads())
-    report.rows += [Row(**fields(work), variant=k, peak_mib=v) for k, v in found.items()]
+    for name, peak in found.items():
+        if isinstance(peak, str):
+            report.skip(f"{name}: {work}", f"peak memory: {peak}")
+        else:
+            report.rows.append(Row(**fields(work), variant=name, peak_mib=peak))
 
 
 def _cut(work: Work) -> str:

@@ -4,9 +4,11 @@ A model is never made smaller: its width and vocabulary stay, the rows are cut, 
 table says so.
 """
 
+import math
 from typing import NamedTuple
 
-LEAST_ROWS = 16
+LEAST_ROWS = 16  # that memory must hold
+TIME_ROWS = 256  # fewer to save time would be another regime: the head alone, not its rows
 SEQUENCE = 256  # tokens of one sequence, where an op wants sequences
 SAMPLES = 64  # rows of a decoding step
 
@@ -32,14 +34,14 @@ class Cut(NamedTuple):
     why: str  # "", "memory", "time"
 
 
-def cut(rows: int, *limits: tuple[str, float]) -> Cut:
-    """The largest of rows, then powers of two, that keeps every (name, rows that fit)."""
-    why, fit = min(limits, key=lambda limit: limit[1], default=("", float(rows)))
-    if rows <= fit:
-        return Cut(rows, "")
-    if fit < LEAST_ROWS:
-        return Cut(0 if why == "memory" else min(rows, LEAST_ROWS), why)
-    return Cut(min(rows, 1 << (int(fit).bit_length() - 1)), why)
+def cut(rows: int, memory: float, time: float = math.inf) -> Cut:
+    """The largest of rows, then powers of two, that memory holds and the time allows; time cuts
+    no further than TIME_ROWS."""
+    if memory < LEAST_ROWS:
+        return Cut(0, "memory")
+    time = max(time, TIME_ROWS)
+    fit, why = min((memory, "memory"), (time, "time"))
+    return Cut(rows, "") if rows <= fit else Cut(1 << (int(fit).bit_length() - 1), why)
 
 
 def memory_rows(free: float, hidden: int, vocab: int, itemsize: int) -> float:

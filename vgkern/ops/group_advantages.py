@@ -13,6 +13,8 @@ batch, not a micro-batch. Groups are ids, so they may be ragged and in any order
 group (or batch, where it is whitened) has advantage exactly 0, whatever its rewards round to.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -81,24 +83,32 @@ def group_advantages(
     groups = _check.targets("groups", groups, rewards.shape)
     device = _check.same_device(rewards=rewards, groups=groups)
     rewards = rewards.detach()
-    if _check.can_look(device) and rewards.numel():
-        if not bool(rewards.isfinite().all()):
-            at = int((~rewards.isfinite()).nonzero()[0])
-            got = f"{rewards[at].item()} at {at}"
-            raise _check.NonFiniteError(f"rewards: got {got}; allowed: finite numbers")
-        if estimator == "reinforce_pp" and rewards.numel() == 1:
-            raise _check.fail("rewards", rewards, "2 or more samples to whiten")
-        if estimator not in ("none", "grpo_verl", "reinforce_pp"):
-            ids, counts = groups.unique(return_counts=True)
-            if int(counts.min()) < 2:
-                one = int(ids[counts.argmin()])
-                raise _check.fail("groups", f"a group of one (id {one})", "2 or more samples each")
+    looks = _check.can_look(device) and bool(rewards.numel())
+    if looks and estimator == "reinforce_pp" and rewards.numel() == 1:
+        raise _check.fail("rewards", rewards, "2 or more samples to whiten")
     chosen = choose(backend, device)
+    if looks and chosen != "cpu":
+        _look(rewards, groups, estimator)
     if chosen == "torch":
         return group_advantages_ref(rewards, groups, estimator)
     code = ESTIMATORS.index(estimator)
     out = operators(chosen).group_advantages_fwd(rewards.double(), groups.contiguous(), code)
+    if looks and chosen == "cpu" and math.isnan(out[0]):  # one NaN: all are
+        _look(rewards, groups, estimator)
     return out.to(rewards.dtype)
+
+
+def _look(rewards: Tensor, groups: Tensor, estimator: str) -> None:
+    """Raises what is wrong with the values."""
+    if not bool(rewards.isfinite().all()):
+        at = int((~rewards.isfinite()).nonzero()[0])
+        got = f"{rewards[at].item()} at {at}"
+        raise _check.NonFiniteError(f"rewards: got {got}; allowed: finite numbers")
+    if estimator not in ("none", "grpo_verl", "reinforce_pp"):
+        ids, counts = groups.unique(return_counts=True)
+        if int(counts.min()) < 2:
+            one = int(ids[counts.argmin()])
+            raise _check.fail("groups", f"a group of one (id {one})", "2 or more samples each")
 
 
 define(
