@@ -35,20 +35,6 @@ inline float unit(Dtype t, bool pairs, const void* row, int64_t k, int64_t h) {
   return f;
 }
 
-void pack(Dtype t, bool pairs, const void* rows, int64_t ld, int64_t c, int64_t h, float* out) {
-  const int64_t units = pairs ? (h + 1) / 2 : h;
-  for (int64_t i = 0; i < c; i += MR)
-    for (int64_t r = 0; r < MR; ++r) {
-      float* o = out + i * units + r;
-      if (i + r >= c) {
-        for (int64_t k = 0; k < units; ++k) o[k * MR] = 0.f;
-        continue;
-      }
-      const void* row = at(t, rows, (i + r) * ld);
-      for (int64_t k = 0; k < units; ++k) o[k * MR] = unit(t, pairs, row, k, h);
-    }
-}
-
 // 16 units of one weight row
 inline vf load_units(Dtype t, bool pairs, const void* row, int64_t k) {
   if (t == kF32) return load(static_cast<const float*>(row) + k);
@@ -65,35 +51,51 @@ inline vf load_units(Dtype t, bool pairs, const void* row, int64_t k) {
       _mm256_loadu_si256((const __m256i*)(static_cast<const uint16_t*>(row) + k)));
 }
 
-// weight rows [n, units] to space [units][NL], by 16 x 16 transposes
-void transpose(Dtype t, bool pairs, const void* w, int64_t ld, int64_t n, int64_t h, float* space) {
-  const int64_t units = pairs ? (h + 1) / 2 : h, whole = (pairs ? h / 2 : h) / W * W;
+// 16 x 16, rows to columns: four perfect shuffles
+inline void turn(vf a[W]) {
   vu lo, hi;
   for (int i = 0; i < W; ++i) {
     lo[i] = i / 2 + (i % 2) * W;
     hi[i] = (W + i) / 2 + (i % 2) * W;
   }
-  for (int64_t half = 0; half < 2; ++half) {
-    float* o = space + half * W;
-    const int64_t rows = n - half * W;
-    for (int64_t k = 0; k < whole; k += W) {
-      vf a[W], b[W];
-      for (int r = 0; r < W; ++r)
-        a[r] = r < rows ? load_units(t, pairs, at(t, w, (half * W + r) * ld), k) : vset(0.f);
-      for (int round = 0; round < 4; ++round) {  // four perfect shuffles
-        for (int r = 0; r < W / 2; ++r) {
-          b[2 * r] = (vf)_mm512_permutex2var_ps((__m512)a[r], (__m512i)lo, (__m512)a[r + W / 2]);
-          b[2 * r + 1] =
-              (vf)_mm512_permutex2var_ps((__m512)a[r], (__m512i)hi, (__m512)a[r + W / 2]);
-        }
-        for (int r = 0; r < W; ++r) a[r] = b[r];
-      }
-      for (int r = 0; r < W; ++r) store(o + (k + r) * NL, a[r]);
+  vf b[W];
+  for (int round = 0; round < 4; ++round) {
+    for (int r = 0; r < W / 2; ++r) {
+      b[2 * r] = (vf)_mm512_permutex2var_ps((__m512)a[r], (__m512i)lo, (__m512)a[r + W / 2]);
+      b[2 * r + 1] = (vf)_mm512_permutex2var_ps((__m512)a[r], (__m512i)hi, (__m512)a[r + W / 2]);
     }
-    for (int64_t k = whole; k < units; ++k)
-      for (int r = 0; r < W; ++r)
-        o[k * NL + r] = r < rows ? unit(t, pairs, at(t, w, (half * W + r) * ld), k, h) : 0.f;
+    for (int r = 0; r < W; ++r) a[r] = b[r];
   }
+}
+
+// rows [n, units] to out [units][STEP], n <= COUNT <= W of whose columns are written
+template <int COUNT, int STEP>
+void columns(Dtype t, bool pairs, const void* rows, int64_t ld, int64_t n, int64_t h, float* out) {
+  const int64_t units = pairs ? (h + 1) / 2 : h, whole = (pairs ? h / 2 : h) / W * W;
+  constexpr __mmask16 kept = COUNT == W ? 0xffff : (1 << COUNT) - 1;
+  for (int64_t k = 0; k < whole; k += W) {
+    vf a[W];
+    for (int r = 0; r < W; ++r)
+      a[r] = r < n ? load_units(t, pairs, at(t, rows, r * ld), k) : vset(0.f);
+    turn(a);
+    for (int r = 0; r < W; ++r) _mm512_mask_storeu_ps(out + (k + r) * STEP, kept, (__m512)a[r]);
+  }
+  for (int64_t k = whole; k < units; ++k)
+    for (int r = 0; r < COUNT; ++r)
+      out[k * STEP + r] = r < n ? unit(t, pairs, at(t, rows, r * ld), k, h) : 0.f;
+}
+
+void pack(Dtype t, bool pairs, const void* rows, int64_t ld, int64_t c, int64_t h, float* out) {
+  const int64_t units = pairs ? (h + 1) / 2 : h;
+  for (int64_t i = 0; i < c; i += MR)
+    columns<MR, MR>(t, pairs, at(t, rows, i * ld), ld, std::min<int64_t>(c - i, MR), h,
+                    out + i * units);
+}
+
+// weight rows [n, units] to space [units][NL]
+void transpose(Dtype t, bool pairs, const void* w, int64_t ld, int64_t n, int64_t h, float* space) {
+  for (int64_t half = 0; half < 2; ++half)
+    columns<W, NL>(t, pairs, at(t, w, half * W * ld), ld, n - half * W, h, space + half * W);
 }
 
 inline void keep(const vf acc[][2], int64_t m, int64_t n, float* out, int64_t ldo) {

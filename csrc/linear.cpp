@@ -1,5 +1,6 @@
 // The chunk driver behind linear_token_logprobs and linear_policy_loss. GEMMs are the vendor's.
 #include <cstring>
+#include <numeric>
 
 #include "linear_space.h"
 #include "sparse.h"
@@ -216,12 +217,21 @@ void LinearRows::backward(const Chunk& k, const float* c, const float* e, Grads&
   int64_t* source = room(space_->source, chunk_);
   int64_t live = k.count;
   auto scored = [&](int64_t i) { return (c[i] != 0.f || e[i] != 0.f) && !blocked(k.stats[i]); };
+  auto bad = [&](const Chunk& all) {  // 0 times NaN: a row that was left out would come back
+    return std::any_of(all.stats, all.stats + all.count,
+                       [](const RowStats& r) { return !std::isfinite(r.lse); });
+  };
   auto dead = [&](int64_t i) { return !scored(i) && !(costates_ && space_->slot[i] >= 0); };
   for (int64_t d = 0; d < live; ++d) {
     source[d] = d;
     if (!dead(d)) continue;
     while (live > d + 1 && dead(live - 1)) --live;
     source[d] = --live;
+  }
+  if (live && live < k.count && (k.count - live) * head_.v <= 32 * k.count && !bad(k)) {
+    // So few that moving the others (bandwidth) costs more than the products of rows of zeros.
+    live = k.count;
+    std::iota(source, source + live, int64_t(0));
   }
   if (g.need[0] && dense_ && live < k.count)
     for (int64_t i = 0; i < k.count; ++i)
