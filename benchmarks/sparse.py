@@ -114,6 +114,8 @@ def rows_of(args: argparse.Namespace, policy, tokenizer) -> dict[str, tuple[Tens
     prompts = [tokenizer.encode(p) for p in PROMPTS]
     out = {"a text": text_rows(policy, tokenizer, args.rows)}
     group = -(-args.rows // (len(prompts) * 64))
+    hidden, answer = out["a text"]
+    out["no idea"] = 0.02 * hidden, answer  # nearly uniform: nothing can be left out
     out["own samples"] = sampled_rows(policy, prompts, (), group, 64, args.rows)
     if args.config:
         c = load_config(["--config", args.config])

@@ -164,7 +164,8 @@ def _sized(
     fit = memory_rows(FREE_SHARE * free, model.hidden, model.vocab, work.torch_dtype.itemsize)
     in_time = math.inf
     if work.op == "token_logprobs":
-        in_time = seconds * rates["copy"] / (3 * model.vocab * work.torch_dtype.itemsize)
+        row = 3 * model.vocab * work.torch_dtype.itemsize  # plain PyTorch copies it several times
+        in_time = seconds / 4 * rates["copy"] / row
     elif work.op != "linear_sample":
         one = gemm_flops(work.op, 1, model.hidden, model.vocab)
         in_time = seconds * rates[work.dtype] / one
