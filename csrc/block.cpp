@@ -143,9 +143,8 @@ void HeadBlock::backward(float* dlogits, Grads& g) {
     uint16_t* half = room(dz16_, count_ * tile);
     for (int64_t v0 = 0; v0 < v; v0 += tile) {
       const int64_t n = std::min(tile, v - v0);
-      for_rows(count_, [&](int64_t i) {
-        rows().narrow(kBF16, dlogits + i * v + v0, half + i * n, n);
-      });
+      for_rows(count_,
+               [&](int64_t i) { rows().narrow(kBF16, dlogits + i * v + v0, half + i * n, n); });
       backward16(head_, view16(half, count_, n), v0, hidden_,
                  g.need[0] ? dh.data_ptr<float>() : nullptr, v0 == 0, g);
     }

@@ -42,9 +42,8 @@ struct Pair {
        int64_t count)
       : student(hidden, weight, std::nullopt, temperature, softcap),
         teacher(teacher_hidden, teacher_weight, std::nullopt, temperature, teacher_softcap),
-        chunk(block_rows(count, student.v, 2)),
-        space(take_space()), z(room(space->block, chunk * student.v)),
-        t(room(space->u, chunk * student.v)),
+        chunk(block_rows(count, student.v, 2)), space(take_space()),
+        z(room(space->block, chunk * student.v)), t(room(space->u, chunk * student.v)),
         left(student, chunk), right(teacher, chunk) {
     TORCH_CHECK(student.n == teacher.n && student.v == teacher.v,
                 "vgkern: rows or vocabularies differ");

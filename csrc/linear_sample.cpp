@@ -53,9 +53,8 @@ static std::tuple<Tensor, Tensor, Tensor> linear_sample_fwd(
                 room(space->panels, g.panel_floats(n, head.h)));
     } else if (head.dtype != kF32) {
       float* hid = room(space->hidden, n * head.h);
-      for_rows(n, [&](int64_t i) {
-        rows().widen(head.dtype, row_ptr(h, i), hid + i * head.h, head.h);
-      });
+      for_rows(
+          n, [&](int64_t i) { rows().widen(head.dtype, row_ptr(h, i), hid + i * head.h, head.h); });
       h = block_view(hid, n, head.h);
     }
     if (g.lanes) {
