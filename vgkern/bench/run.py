@@ -46,7 +46,7 @@ def run(options: Options, out: Path | None = None, tell: Say = say) -> Report:
         spent, rest = time.perf_counter() - began, sum(left[i:])
         remaining = options.seconds - spent
         tell(f"[{i + 1}/{len(works)}] {work}{_cut(work)}; {_left(min(rest, remaining))}")
-        if not work.rows and work.vocab:
+        if not work.rows and (work.vocab or work.cut):  # ops without a head have no rows
             why = "the time budget" if work.cut == "time" else "memory"
             report.skip(f"{EVERY}: {work}", f"it does not fit {why}")
         elif remaining <= 0:
