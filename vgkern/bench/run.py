@@ -41,7 +41,7 @@ def run(options: Options, out: Path | None = None, tell: Say = say) -> Report:
     works = plan(options, rates, free_bytes(device))
     _load(options, report, tell)
     began = time.perf_counter()
-    left = [estimate(w, options, rates) for w in works]
+    left = [0.0 if w.cut and not w.rows else estimate(w, options, rates) for w in works]
     for i, work in enumerate(works):
         spent, rest = time.perf_counter() - began, sum(left[i:])
         remaining = options.seconds - spent
