@@ -148,10 +148,6 @@ def test_the_plan_fits_its_budget_and_covers_every_op():
         assert max(w.rows for w in works if w.shape == "small" and not w.sweep) <= 2048
         assert options.seconds == budget
         assert sum(estimate(w, options, RATES) for w in works if w.cut != "time") <= budget
-    slow = {k: v / 3 for k, v in RATES.items()}
-    quick = plan(Options("quick"), slow, 2e10)
-    of = [w for w in quick if w.op == "linear_policy_loss" and w.shape == "small"]
-    assert any(w.rows and not w.sweep for w in of)
     losses = [w for w in plan(Options(), RATES, 2e10) if w.op == "linear_policy_loss"]
     assert {w.shape for w in losses} >= set(MODELS)  # also those that are left out
     assert min(w.rows for w in losses if w.rows and not w.sweep) >= TIME_ROWS

@@ -112,7 +112,7 @@ def plan(options: Options, rates: dict[str, float], free: float) -> list[Work]:
 
 def _tier(work: Work) -> int:
     if work.shape not in TIERS or work.sweep:
-        return -1 - (work.op == SWEPT and not work.sweep)  # the op that most come for
+        return -1
     return TIERS.index(work.shape) + 2 * (work.op in ("linear_divergence", "noisy_embedding"))
 
 
