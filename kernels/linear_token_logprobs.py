@@ -48,7 +48,7 @@ def linear_logprobs_fwd(
             softcap,
             ignore_index,
         )
-        for part in linear.chunks(hidden.shape[0], weight.shape[0])
+        for part in linear.chunks(hidden.shape[0], weight.shape[0], hidden.device)
     ]
     if not parts:
         return tuple(hidden.new_empty(0, dtype=torch.float32) for _ in range(3))
@@ -79,14 +79,17 @@ def linear_logprobs_bwd(
     costate_scale=None,  # [] fp32
     rows=row_kernels,
 ):
+    alive = (targets != ignore_index) & (logp != -torch.inf)
+    c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
+    third = (seed, tau, costate, embedding, sequence, position, costate_scale)
+    costates = None if costate is None else linear.Costates(*third)
+    if needs[1]:
+        live = (c != 0) | (e != 0)
+        hidden = linear.clean(hidden, live if costates is None else live | costates.live)
     grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, ignore_index, rows)
     if any(needs):
-        alive = (targets != ignore_index) & (logp != -torch.inf)
-        c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
-        third = (seed, tau, costate, embedding, sequence, position, costate_scale)
-        costates = None if costate is None else linear.Costates(*third)
         blocks = 1 if costate is None else 2
-        for part in linear.chunks(hidden.shape[0], blocks * weight.shape[0]):
+        for part in linear.chunks(hidden.shape[0], blocks * weight.shape[0], hidden.device):
             logits = linear.mm32(hidden[part], weight.t())
             stats = (x[part] for x in (targets, logp, entropy, lse, c, e))
             grads.add(part, logits, *stats, costates)
@@ -118,7 +121,7 @@ def linear_truncated_logprobs_fwd(
             top_p,
             min_p,
         )
-        for part in linear.chunks(hidden.shape[0], weight.shape[0])
+        for part in linear.chunks(hidden.shape[0], weight.shape[0], hidden.device)
     ]
     if not parts:
         return tuple(hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
@@ -141,22 +144,24 @@ def linear_truncated_logprobs_bwd(
     needs,
     rows=row_kernels,
 ):
+    vocab = weight.shape[0]
+    alive = (targets != ignore_index) & (targets >= 0) & (targets < vocab) & (temperature != 0)
+    alive &= (dlogp != 0) | (dentropy != 0)
+    if needs[1]:
+        hidden = linear.clean(hidden, alive)
     grads = linear.Grads(hidden, weight, bias, needs, 1.0, softcap, ignore_index, rows)
     if any(needs):
-        vocab = weight.shape[0]
-        alive = (targets != ignore_index) & (targets >= 0) & (targets < vocab) & (temperature != 0)
-        alive &= (dlogp != 0) | (dentropy != 0)
         y = targets.where(alive, ignore_index)  # what has no gradient is not looked at
         c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
         steep = (1 / temperature).where(alive, 0)
-        for part in linear.chunks(hidden.shape[0], vocab):
+        for part in linear.chunks(hidden.shape[0], vocab, hidden.device):
             logits = linear.mm32(hidden[part], weight.t())
             *scaled, scale = grads.scaled(c[part], e[part], steep[part])
             dz = rows.row_truncated_grad(
                 logits, bias, y[part], *scaled, temperature[part], softcap, ignore_index, top_k,
-                top_p, min_p, grads.place(logits)
+                top_p, min_p, linear.beside(logits, hidden.dtype)
             )  # fmt: skip
-            grads.products(part, dz, alive[part], scale)
+            grads.products(part, dz, scale)
     return grads.finish(as_input=True)
 
 

@@ -31,13 +31,14 @@ def noisy_embedding_bwd(
     rows=row_kernels,
 ):
     live = (dx != 0).any(-1)
-    grads = linear.Grads(hidden, weight, bias, needs[:3], temperature, softcap, -100, rows)
+    h = linear.clean(hidden, live) if needs[1] else hidden
+    grads = linear.Grads(h, weight, bias, needs[:3], temperature, softcap, -100, rows)
     if any(needs[:3]):
         one = torch.ones((), device=hidden.device)
         noise = (None, None) if expected else (sequence, position)
         costates = linear.Costates(seed, tau, dx, embedding, *noise, one)
-        for part in linear.chunks(hidden.shape[0], 2 * weight.shape[0]):
-            logits = linear.mm32(hidden[part], weight.t())
+        for part in linear.chunks(hidden.shape[0], 2 * weight.shape[0], hidden.device):
+            logits = linear.mm32(h[part], weight.t())
             grads.add(part, logits, None, None, None, None, None, None, costates)
     table = embedding.new_empty(0)
     if needs[3]:
