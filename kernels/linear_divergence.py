@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from . import linear
+from . import linear, live
 from . import rows as row_kernels
 from .logits import INF, added, finish, launch, raised, softcapped
 
@@ -32,7 +32,11 @@ def linear_divergence_fwd(
     teacher_softcap,
 ):
     """divergence, entropy, lse, teacher_lse, inner, each fp32 [N]; 0 where masked."""
-    count, vocab = hidden.shape[0], weight.shape[0]
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    kept = live.kept(hidden, vocab, row_mask)
+    mine = (live.taken(x, kept) for x in (hidden, teacher_hidden, row_mask))
+    hidden, teacher_hidden, row_mask = mine
+    count = hidden.shape[0]
     out = torch.empty(5, count, dtype=torch.float32, device=hidden.device)
     for part in linear.chunks(count, 2 * vocab, hidden.device):
         z = linear.mm32(hidden[part], weight.t())
@@ -43,7 +47,7 @@ def linear_divergence_fwd(
                 teacher_softcap, KIND=kind, SOFTCAP=softcap != 0, T_SOFTCAP=teacher_softcap != 0,
                 **launch(vocab, per_thread=8)
             )  # fmt: skip
-    return tuple(x.clone() for x in out)
+    return tuple(x.clone() if kept is None else live.spread(x, kept, rows) for x in out)
 
 
 def linear_divergence_bwd(
@@ -68,8 +72,14 @@ def linear_divergence_bwd(
     vocab = weight.shape[0]
     dead = ~row_mask | (divergence == torch.inf)
     c, e = (g.masked_fill(dead, 0) for g in (ddivergence, dentropy))
+    count, alive = hidden.shape[0], (c != 0) | (e != 0)
+    kept = live.kept(hidden, vocab, alive) if any(needs) else None
+    hidden, teacher_hidden, divergence, lse, teacher_lse, c, e, dead, alive = (
+        live.taken(x, kept)
+        for x in (hidden, teacher_hidden, divergence, lse, teacher_lse, c, e, dead, alive)
+    )
     if needs[1]:
-        hidden = linear.clean(hidden, (c != 0) | (e != 0))
+        hidden = linear.clean(hidden, alive)
     grads = linear.Grads(
         hidden, weight, None, [*needs, False], temperature, 0.0, -100, row_kernels
     )  # fmt: skip
@@ -89,7 +99,8 @@ def linear_divergence_bwd(
                     T_SOFTCAP=teacher_softcap != 0, **launch(vocab, per_thread=8)
                 )  # fmt: skip
             grads.products(part, out, scale)
-    return grads.finish(as_input=True)[:2]
+    dhidden, dweight, _ = grads.finish(as_input=True)
+    return (live.spread(dhidden, kept, count) if needs[0] else dhidden), dweight
 
 
 @triton.jit

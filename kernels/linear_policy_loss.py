@@ -13,7 +13,7 @@ from . import linear, live, memory
 from . import policy_loss as policy_kernels
 from . import rows as row_kernels
 from .linear_grad import linear_grad, recompute_pays
-from .linear_token_logprobs import linear_logprobs_fwd
+from .linear_token_logprobs import statistics
 from .live import IGNORED
 
 
@@ -62,10 +62,9 @@ class _Loss:
         count, vocab = hidden.shape[0], weight.shape[0]
         advantages, row_weight = given[:2]
         always = objective[6] != 0 or objective[13] != 0  # KL, entropy
-        self.count, self.kept = count, None
-        if live.looks(hidden, vocab):
-            self.kept = live.which(live.alive(advantages, row_weight, always))
-        hidden, targets, self.mine = self.part(hidden), self.part(targets), self.parts(given)
+        self.count = count
+        self.kept = live.kept(hidden, vocab, live.alive(advantages, row_weight, always))
+        hidden, targets, *self.mine = (live.taken(x, self.kept) for x in (hidden, targets, *given))
         replaced = live.replaced if rows is row_kernels else live.replaced_by_torch
         copy = needs[1] and self.kept is None
         self.hidden, self.targets = replaced(
@@ -102,21 +101,18 @@ class _Loss:
 
     def recomputed(self):
         head = (self.hidden, self.weight, self.bias, self.targets)
-        logp, entropy, lse = linear_logprobs_fwd(*head, *self.scalars, IGNORED)
+        logp, entropy, lse = statistics(*head, *self.scalars, IGNORED)
         full = self.spread(logp)
         c, e, partial = self.terms(full, self.spread(entropy))
         loss, counts = self.policy.totals(partial)
         if not any(self.needs):
             return loss, full, counts, *self.finish(self.grads(self.hidden))
-        c, e = self.part(c), self.part(e)
+        c, e = live.taken(c, self.kept), live.taken(e, self.kept)
         rows = (self.hidden, self.targets, logp, entropy, lse, c, e)
-        clipped = None  # of the rows that are here, those that the objective has left a gradient
-        if live.looks(self.hidden, self.weight.shape[0]):
-            clipped = live.which((c != 0) | (e != 0))
-        if clipped is not None:
-            rows = tuple(x.index_select(0, clipped) for x in rows)
-            self.kept = clipped if self.kept is None else self.kept.index_select(0, clipped)
-        hidden, *rows, c, e = rows
+        # of the rows that are here, those that the objective has left a gradient
+        moved = live.kept(self.hidden, self.weight.shape[0], (c != 0) | (e != 0))
+        hidden, *rows, c, e = (live.taken(x, moved) for x in rows)
+        self.kept = moved if self.kept is None else live.taken(self.kept, moved)
         grads = self.grads(hidden)
         n, vocab, size = hidden.shape[0], self.weight.shape[0], hidden.element_size()
         c, e, scale = grads.scaled(c, e, 1 / self.scalars[0])
@@ -139,17 +135,8 @@ class _Loss:
         c, e, partial = self.policy.policy_terms(*tokens, self.objective)
         return c[:, 0], e[:, 0], partial
 
-    def part(self, x):
-        return x if x is None or self.kept is None else x.index_select(0, self.kept)
-
-    def parts(self, given):
-        return tuple(self.part(t) for t in given)
-
     def spread(self, x):
-        """Where the rows were; 0 for those that are left out."""
-        if self.kept is None:
-            return x
-        return x.new_zeros(self.count, *x.shape[1:]).index_copy_(0, self.kept, x)
+        return live.spread(x, self.kept, self.count)
 
     def finish(self, grads):
         dhidden, *others = grads.finish(as_input=False)

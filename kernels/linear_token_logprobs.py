@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import linear
+from . import linear, live
 from . import rows as row_kernels
 from .logits import INF, added, finish, flat, raised, softcapped
 
@@ -37,6 +37,17 @@ def linear_logprobs_fwd(
     ignore_index,
     rows=row_kernels,
 ):
+    count = hidden.shape[0]
+    kept = live.kept(hidden, weight.shape[0], targets != ignore_index)
+    hidden, targets = live.taken(hidden, kept), live.taken(targets, kept)
+    head = (hidden, weight, bias, targets, temperature, softcap, ignore_index)
+    return tuple(live.spread(x, kept, count) for x in statistics(*head, rows))
+
+
+def statistics(
+    hidden, weight, bias, targets, temperature, softcap, ignore_index, rows=row_kernels
+):  # fmt: skip
+    """`linear_logprobs_fwd` of all rows."""
     if rows is row_kernels:
         return _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index)
     parts = [
@@ -81,11 +92,21 @@ def linear_logprobs_bwd(
 ):
     alive = (targets != ignore_index) & (logp != -torch.inf)
     c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
+    count, alive = hidden.shape[0], (c != 0) | (e != 0)
+    if costate is not None:
+        alive |= (costate != 0).any(-1)
+        costate_scale = costate_scale.expand(count)
+    kept = live.kept(hidden, weight.shape[0], alive) if any(needs) else None
+    hidden, targets, logp, entropy, lse, c, e, alive = (
+        live.taken(x, kept) for x in (hidden, targets, logp, entropy, lse, c, e, alive)
+    )
+    costate, sequence, position, costate_scale = (
+        live.taken(x, kept) for x in (costate, sequence, position, costate_scale)
+    )
     third = (seed, tau, costate, embedding, sequence, position, costate_scale)
     costates = None if costate is None else linear.Costates(*third)
     if needs[1]:
-        live = (c != 0) | (e != 0)
-        hidden = linear.clean(hidden, live if costates is None else live | costates.live)
+        hidden = linear.clean(hidden, alive)
     grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, ignore_index, rows)
     if any(needs):
         blocks = 1 if costate is None else 2
@@ -93,7 +114,8 @@ def linear_logprobs_bwd(
             logits = linear.mm32(hidden[part], weight.t())
             stats = (x[part] for x in (targets, logp, entropy, lse, c, e))
             grads.add(part, logits, *stats, costates)
-    return grads.finish(as_input=True, fp32_dhidden=fp32_dhidden)
+    dhidden, *others = grads.finish(as_input=True, fp32_dhidden=fp32_dhidden)
+    return (live.spread(dhidden, kept, count) if needs[0] else dhidden), *others
 
 
 def linear_truncated_logprobs_fwd(

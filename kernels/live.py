@@ -32,6 +32,23 @@ def which(live):
     return None if rows.shape[0] == live.shape[0] else rows
 
 
+def kept(hidden, vocab, live):
+    """`which`, if it may be asked; else None: all rows are multiplied."""
+    return which(live) if looks(hidden, vocab) else None
+
+
+def taken(x, rows):
+    """x [N, ...] at the rows that are kept; x itself where `rows` is None, or where x is."""
+    return x if x is None or rows is None else x.index_select(0, rows)
+
+
+def spread(x, rows, count):
+    """The reverse, to `count` rows: 0 in those that are left out."""
+    if rows is None:
+        return x
+    return x.new_zeros(count, *x.shape[1:]).index_copy_(0, rows, x)
+
+
 def replaced(hidden, targets, advantages, row_weight, vocab, always, copy):
     """(hidden with zeros in dead rows if `copy`, targets: IGNORED in dead rows, STRAY where they
     are no id), by one launch. `always`: a row without an advantage is live too."""

@@ -200,3 +200,36 @@ def test_chunks_by_the_device(monkeypatch):
     assert sizes(8192, 131072, torch.device("cpu")) == [512] * 16
     monkeypatch.setattr(memory, "capturing", lambda device: True)
     assert sizes(8192, 131072, gpu) == [4096, 4096]
+
+
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_divergence", "noisy_embedding"])
+def test_other_ops_leave_rows_out(op, gpu, monkeypatch):
+    """The same values and gradients, whatever the rows without a gradient hold."""
+    if (op, gpu) in conftest.LACKS:
+        pytest.skip(f"{op} has no kernels for {gpu}")
+    h, w, y, mask, _ = batch()
+
+    def run(h, y):
+        h, head = h.detach().requires_grad_(), w.detach().requires_grad_()
+        if op == "linear_token_logprobs":
+            out = vgkern.linear_token_logprobs(h, head, y.where(mask, -100), backend=gpu)
+        elif op == "linear_divergence":
+            out = vgkern.linear_divergence(h, head, h.detach() + 1, w, mask=mask, backend=gpu)
+        else:
+            x = vgkern.noisy_embedding(h, head, w, y, relaxation="expected", backend=gpu)
+            (x * mask[..., None]).sum().backward()
+            return [x.detach(), h.grad, head.grad]
+        (out[0] + 2 * out[1]).where(mask, 0).sum().backward()
+        return [*(x.detach() for x in out), h.grad, head.grad]
+
+    wanted = run(h, y)
+    monkeypatch.setattr(live, "LOOK_PAYS", 0)
+    looked = []
+    which = live.which
+    monkeypatch.setattr(live, "which", lambda x: (looked.append(int(x.sum())), which(x))[1])
+    if op != "noisy_embedding":  # whose rows are all looked at on a CPU
+        h = h.masked_fill(~mask[..., None], torch.nan)
+    got = run(h, y)
+    assert looked and max(looked) == int(mask.sum())
+    for x, reference in zip(got, wanted, strict=True):
+        assert float((x - reference).norm()) <= 1e-6 * float(reference.norm())
