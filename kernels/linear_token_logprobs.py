@@ -10,21 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import linear, live
+from . import linear, live, tile
 from . import rows as row_kernels
-from .logits import INF, added, finish, flat, raised, softcapped
+from .logits import INF, finish, flat, raised
 
-SPAN = 1024  # columns per program, a multiple of every config's N
-# (rows, columns, depth, warps, stages) of a tile. Shared memory is stages * (rows + columns) *
-# depth * bytes: 96 KiB at most, for the 99 KiB of sm_86 and sm_120.
-CONFIGS = {
-    (2, "few"): (64, 128, 64, 8, 4),
-    (2, "many"): (128, 128, 64, 8, 3),
-    (2, "odd"): (64, 64, 32, 8, 2),  # H off 16: scalar loads; more of a tile a thread spills
-    (4, "few"): (32, 64, 32, 4, 3),
-    (4, "many"): (64, 64, 32, 4, 3),
-    (4, "odd"): (64, 64, 32, 8, 2),
-}
+SPAN = 1024  # columns per program, a multiple of every tile's N
+PART = tl.constexpr(64)  # columns that go into the statistics at a time
 
 
 def linear_logprobs_fwd(
@@ -194,17 +185,18 @@ def _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index
     )
     if not count:
         return logp, entropy, lse
-    m, n, k, warps, stages = config(count, vocab, hidden.shape[1], hidden.element_size())
-    blocks, spans = triton.cdiv(count, m), triton.cdiv(vocab, SPAN)
-    state = torch.empty(4, spans, count, dtype=torch.float32, device=hidden.device)
+    width, size = hidden.shape[1], hidden.element_size()
     targets = targets.contiguous()
-    precision = "ieee" if hidden.dtype == torch.float32 else None
     with torch.cuda.device_of(hidden):
+        m, n, k, warps, stages = tile.config(count, vocab, width, size)
+        blocks, spans = triton.cdiv(count, m), triton.cdiv(vocab, SPAN)
+        state = torch.empty(4, spans, count, dtype=torch.float32, device=hidden.device)
         _linear_stats_kernel[(blocks * spans,)](
             hidden, hidden.stride(0), weight, weight.stride(0), flat(bias), targets, state, count,
-            vocab, hidden.shape[1], blocks, 1 / temperature, softcap, ignore_index,
-            SOFTCAP=softcap != 0, WHOLE=hidden.shape[1] % k == 0, PRECISION=precision, M=m, N=n,
-            K=k, SPAN=SPAN, num_warps=warps, num_stages=stages, enable_fp_fusion=True
+            vocab, width, blocks, tile.group(m, width, size), 1 / temperature, softcap,
+            ignore_index, SOFTCAP=softcap != 0, WHOLE=width % k == 0,
+            PRECISION=tile.precision(hidden.dtype), M=m, N=n, K=k, SPAN=SPAN, num_warps=warps,
+            num_stages=stages, enable_fp_fusion=True
         )  # fmt: skip
         _combine_kernel[(triton.cdiv(count, 128),)](
             state, targets, logp, entropy, lse, count, vocab, spans, ignore_index, BLOCK=128,
@@ -213,18 +205,7 @@ def _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index
     return logp, entropy, lse
 
 
-def config(count, vocab, width, element_size):
-    """The tile for this problem: one of CONFIGS, no wider than the problem itself."""
-    kind = "few" if count <= 64 else "many"
-    if width % 16 and (element_size, kind) != (4, "few"):
-        kind = "odd"
-    m, n, k, warps, stages = CONFIGS[element_size, kind]
-    n = min(n, max(triton.next_power_of_2(vocab), 16))
-    k = min(k, max(triton.next_power_of_2(width), 16))
-    return m, n, k, warps, stages
-
-
-@triton.jit(do_not_specialize=["R", "blocks", "ignore_index"])
+@triton.jit(do_not_specialize=["R", "blocks", "group", "ignore_index"])
 def _linear_stats_kernel(
     hidden,  # [R, H]
     hidden_stride,
@@ -237,6 +218,7 @@ def _linear_stats_kernel(
     V,
     H,
     blocks,
+    group,
     scale,
     softcap,
     ignore_index,
@@ -248,9 +230,8 @@ def _linear_stats_kernel(
     K: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    span = pid // blocks  # row blocks run side by side on one span of the weight: L2 holds it
-    rm = (pid % blocks).to(tl.int64) * M + tl.arange(0, M)
+    block, span = tile.place(blocks, group)
+    rm = block * M + tl.arange(0, M)
     inside = rm < R
     y = tl.load(targets + rm, mask=inside, other=ignore_index)
     top = tl.full([M], -INF, tl.float32)
@@ -258,34 +239,14 @@ def _linear_stats_kernel(
     dot = tl.zeros([M], tl.float32)
     target = tl.zeros([M], tl.float32)
     if tl.max((y != ignore_index).to(tl.int32), 0) != 0:
-        h_rows = hidden + tl.minimum(rm, R - 1)[:, None] * hidden_stride
+        stats, scalars = (top, total, dot, target), (V, scale, softcap)
         for first in range(span * SPAN, tl.minimum(span * SPAN + SPAN, V), N):
-            cols = first + tl.arange(0, N)
-            w_rows = weight + tl.minimum(cols, V - 1).to(tl.int64)[None, :] * weight_stride
-            acc = tl.zeros([M, N], tl.float32)
-            for at in range(0, H, K):
-                k = at + tl.arange(0, K)
-                if WHOLE:
-                    h = tl.load(h_rows + k[None, :])
-                    w = tl.load(w_rows + k[:, None])
-                else:
-                    h = tl.load(h_rows + k[None, :], mask=k[None, :] < H, other=0.0)
-                    w = tl.load(w_rows + k[:, None], mask=k[:, None] < H, other=0.0)
-                acc = tl.dot(h, w, acc, input_precision=PRECISION)
-            if bias is not None:
-                acc += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-            z, _ = softcapped(acc, softcap, SOFTCAP)
-            z = tl.where(cols[None, :] < V, z * scale, -INF)
-            chosen = cols[None, :] == y[:, None]
-            target += tl.sum(tl.where(chosen & (cols[None, :] < V), z, 0.0), 1)
-            z = tl.where(chosen, -INF, z)
-            peak = tl.maximum(top, tl.max(z, 1))
-            total, dot = raised(top, peak, total, dot)
-            none = tl.zeros([M, N], tl.float32)
-            p, pd = added(z, peak[:, None], none, none)
-            total += tl.sum(p, 1)
-            dot += tl.sum(pd, 1)
-            top = peak
+            x = tile.product(
+                hidden, hidden_stride, weight, weight_stride, rm, first, R, V, H, WHOLE, PRECISION,
+                M, N, K
+            )  # fmt: skip
+            stats = _added(stats, x, bias, y, scalars, first, SOFTCAP, M, N)
+        top, total, dot, target = stats
     spans = tl.num_programs(0) // blocks
     at = state + span.to(tl.int64) * R + rm
     size = spans.to(tl.int64) * R
@@ -293,6 +254,34 @@ def _linear_stats_kernel(
     tl.store(at + size, total, mask=inside)
     tl.store(at + 2 * size, dot, mask=inside)
     tl.store(at + 3 * size, target, mask=inside)
+
+
+@triton.jit
+def _added(
+    stats, x, bias, y, scalars, first, SOFTCAP: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """The running statistics with the product x at the N columns from `first` in them, PART of them
+    at a time."""
+    if N > PART:
+        left, right = tile.halves(x, M, N)
+        stats = _added(stats, left, bias, y, scalars, first, SOFTCAP, M, N // 2)
+        return _added(stats, right, bias, y, scalars, first + N // 2, SOFTCAP, M, N // 2)
+    else:
+        top, total, dot, target = stats
+        V, scale, softcap = scalars
+        z, _ = tile.finished(x, bias, first + tl.arange(0, N), V, scale, softcap, SOFTCAP)
+        at = tile.within(y, first, V, N)
+        if tl.max(at, 0) >= 0:  # a target of any row
+            chosen = tl.arange(0, N)[None, :] == at[:, None]
+            target += tl.sum(tl.where(chosen, z, 0.0), 1)
+            z = tl.where(chosen, -INF, z)
+        peak = tl.maximum(top, tl.max(z, 1))
+        total, dot = raised(top, peak, total, dot)
+        d = z - tl.where(peak == -INF, 0.0, peak)[:, None]
+        p = tl.exp(d)
+        total += tl.sum(p, 1)
+        dot += tl.sum(p * tl.maximum(d, -1e30), 1)  # -inf: 0
+        return peak, total, dot, target
 
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])

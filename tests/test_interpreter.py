@@ -26,6 +26,7 @@ from vgkern.kernels import (
     objective,
     policy_loss,
     rows,
+    tile,
 )
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -250,14 +251,16 @@ def test_gradient_in_place(dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
-@pytest.mark.parametrize("kind", ["few", "many", "odd"])
+@pytest.mark.parametrize("kind", ["few", "many", "odd", "few wide", "many wide"])
 def test_every_tile_of_the_dot_kernel(kind, dtype, monkeypatch):
     size = dtype.itemsize
-    tile = linear_token_logprobs.CONFIGS[size, kind]
-    shared = tile[4] * (tile[0] + tile[1]) * tile[2] * size
-    assert shared <= 99 << 10, "shared memory of sm_86 and sm_120"
-    assert linear_token_logprobs.SPAN % tile[1] == 0
-    monkeypatch.setattr(linear_token_logprobs, "config", lambda *_: tile)
+    if (size, kind) not in tile.CONFIGS:
+        pytest.skip("wide tiles are for 16 bits")
+    rows, columns, depth, _, stages = tile.CONFIGS[size, kind]
+    shared = stages * (rows + columns) * depth * size
+    assert shared <= (tile.WIDE_SHARED if "wide" in kind else tile.SMALL)
+    assert linear_token_logprobs.SPAN % columns == 0
+    monkeypatch.setattr(tile, "config", lambda *_: tile.CONFIGS[size, kind])
     g = torch.Generator().manual_seed(2)
     h, w = torch.randn(70, 83, generator=g).to(dtype), torch.randn(1100, 83, generator=g).to(dtype)
     b, y = torch.randn(1100, generator=g), torch.randint(1100, (70,), generator=g)

@@ -52,6 +52,7 @@ LLAMA = Head("V128256 H4096", 4096, 4096, 128256, BF16)
 SMOL = Head("V49152 H576", 4096, 576, 49152, BF16)
 ODD = Head("V50257 H770", 999, 770, 50257, F32)
 FEW = Head("V128256 H4096 N32", 32, 4096, 128256, BF16)
+WIDE_ODD = Head("V50257 H4096", 999, 4096, 50257, BF16)  # rows of [N, V] start at odd addresses
 FEW_ODD = Head("V50257 H770 N3", 3, 770, 50257, F32)
 HALF = Head("V49152 H576", 4096, 576, 49152, F16)
 
@@ -152,6 +153,23 @@ def _linear() -> Iterator[Launch]:
     yield from case(ODD, False, 0.0, FROZEN_HEAD)
     yield from case(FEW, False, 0.0, ALL)
     yield from case(FEW_ODD, False, 0.0, ALL)
+    yield from case(WIDE_ODD, True, 30.0, ALL)
+
+    def grad(head: Head, bias: bool = False, softcap: float = 0.0) -> Launch:
+        def arguments() -> tuple[Any, ...]:
+            n = head.rows
+            stats = (*three(n), f32(n), f32(n))
+            out = torch.empty(n, head.vocab, dtype=head.dtype)
+            return *head.tensors(bias), ids(n), *stats, 1.0, softcap, IGNORE, out
+
+        return _launch("linear_grad", f"{head} {'bias softcap' if bias else ''}", arguments)
+
+    yield grad(LLAMA)
+    yield grad(SMOL)
+    yield grad(HALF, True, 30.0)
+    yield grad(FEW)
+    yield grad(ODD)
+    yield grad(WIDE_ODD, True, 30.0)
 
 
 def _truncated() -> Iterator[Launch]:

@@ -1,0 +1,150 @@
+"""The gradient of the logits of `hidden` rows, made without the logits: each tile of hidden W^T is
+computed again and its epilogue is the gradient, in 16 bits. kernels/rows.py has the formula.
+
+One call is 2 R V H flops. It reads hidden and, once for every group of row blocks that fits the L2,
+the weight; it writes 2 R V bytes. `rows.row_grad` needs fp32 logits instead: 4 bytes of a logit
+written by their product, 4 read for the statistics, 4 read and 2 written for the gradient. So the
+choice is between 2 H flops and 12 bytes a logit, the 2 bytes of the gradient being on both sides.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from . import tile
+from .logits import INF, flat
+
+# An H100, as measured with large products and copies
+FLOPS = 790e12
+BYTES = 3.0e12
+PART = {2: 32, 4: 64}  # columns that the gradient is made of at a time: more of them spill
+
+
+def recompute_pays(hidden_width, element_size=2):
+    """Whether the logits of 16-bit inputs are cheaper to compute again than to keep in fp32: 2 H
+    flops against 4 bytes written and 4 read twice, so up to H = 1580. fp32 products do not run on
+    these tensor cores, and their gradient is made over the logits: never."""
+    if element_size != 2:
+        return False
+    return 2 * hidden_width / FLOPS < 12 / BYTES
+
+
+def linear_grad(
+    hidden,  # [R, H] of unit column stride, as is the weight
+    weight,  # [V, H]
+    bias,  # [V] or None
+    targets,  # [R] int64
+    logp,  # [R] fp32, as are entropy and lse: statistics of linear_token_logprobs
+    entropy,
+    lse,
+    c,  # [R] fp32: dL/dlogp
+    e,  # [R] fp32: dL/dentropy
+    temperature,
+    softcap,
+    ignore_index,
+    out,  # [R, V] of unit column stride, dtype of hidden
+):
+    """c (onehot - p) - e p (log p + entropy) of each row, times the soft-cap's slope / temperature,
+    to `out`. Zero where the target is ignored, blocked or out of range, or c and e are 0; a block
+    of such rows costs no product."""
+    count, width = hidden.shape
+    vocab, size = weight.shape[0], hidden.element_size()
+    if not count:
+        return out
+    vectors = (flat(x) for x in (bias, targets, logp, entropy, lse, c, e))
+    with torch.cuda.device_of(hidden):
+        m, n, k, warps, stages = tile.config(count, vocab, width, size)
+        blocks = triton.cdiv(count, m)
+        _linear_grad_kernel[(blocks * triton.cdiv(vocab, n),)](
+            hidden, hidden.stride(0), weight, weight.stride(0), *vectors, out, out.stride(0), count,
+            vocab, width, blocks, tile.group(m, width, size), 1 / temperature, softcap,
+            ignore_index, SOFTCAP=softcap != 0, WHOLE=width % k == 0,
+            PRECISION=tile.precision(hidden.dtype), M=m, N=n, K=k, PART=PART[size],
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["R", "blocks", "group", "ignore_index"])
+def _linear_grad_kernel(
+    hidden,  # [R, H]
+    hidden_stride,
+    weight,  # [V, H]
+    weight_stride,
+    bias,  # [V] or None
+    targets,  # [R]
+    logp,
+    entropy,
+    lse,
+    c,
+    e,
+    out,  # [R, V]
+    out_stride,
+    R,
+    V,
+    H,
+    blocks,
+    group,
+    scale,
+    softcap,
+    ignore_index,
+    SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    PART: tl.constexpr,
+):
+    block, part = tile.place(blocks, group)
+    first = part * N
+    rm = block * M + tl.arange(0, M)
+    inside = rm < R
+    y = tl.load(targets + rm, mask=inside, other=ignore_index)
+    lp, ent = tl.load(logp + rm, mask=inside), tl.load(entropy + rm, mask=inside)
+    log_z = tl.load(lse + rm, mask=inside)
+    ci, ei = tl.load(c + rm, mask=inside, other=0.0), tl.load(e + rm, mask=inside, other=0.0)
+    dead = (y == ignore_index) | (y < 0) | (y > V) | (lp == -INF) | (log_z == -INF)
+    live = ((ci != 0) | (ei != 0)) & (dead == 0)
+    if tl.max(live.to(tl.int32), 0) != 0:
+        x = tile.product(
+            hidden, hidden_stride, weight, weight_stride, rm, first, R, V, H, WHOLE, PRECISION, M,
+            N, K
+        )  # fmt: skip
+        at_y = -ci * libdevice.expm1(lp) - ei * libdevice.exp(lp) * (lp + ent)
+        rows = (y, log_z, ei, ci + ei * ent, at_y, live)
+        to = (out + rm * out_stride, inside)
+        scalars = (V, scale, softcap)
+        _store(to, x, bias, rows, scalars, first, SOFTCAP, M, N, PART)
+    else:
+        cols = first + tl.arange(0, N)
+        zero = tl.zeros([M, N], out.dtype.element_ty)
+        stored = inside[:, None] & (cols < V)[None, :]
+        tl.store(out + rm[:, None] * out_stride + cols[None, :], zero, mask=stored)
+
+
+@triton.jit
+def _store(
+    to, x, bias, rows, scalars, first, SOFTCAP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the product x at the N columns from `first`, PART of them at a time."""
+    if N > PART:
+        left, right = tile.halves(x, M, N)
+        _store(to, left, bias, rows, scalars, first, SOFTCAP, M, N // 2, PART)
+        _store(to, right, bias, rows, scalars, first + N // 2, SOFTCAP, M, N // 2, PART)
+    else:
+        out_rows, inside = to
+        y, log_z, ei, shift, at_y, live = rows
+        V, scale, softcap = scalars
+        cols = first + tl.arange(0, N)
+        z, slope = tile.finished(x, bias, cols, V, scale, softcap, SOFTCAP)
+        d = z - log_z[:, None]
+        d = tl.where(d < -1e30, -1e30, d)
+        dz = tl.exp(d) * (-ei[:, None] * d - shift[:, None])
+        at = tile.within(y, first, V, N)
+        dz = tl.where(tl.arange(0, N)[None, :] == at[:, None], at_y[:, None], dz)
+        dz = tl.where(live[:, None], dz * (slope * scale), 0.0)
+        stored = inside[:, None] & (cols < V)[None, :]
+        tl.store(out_rows[:, None] + cols[None, :], dz.to(out_rows.dtype.element_ty), mask=stored)
