@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from . import linear, live
+from . import linear, live, memory
 from . import rows as row_kernels
 from .logits import INF, added, finish, launch, raised, softcapped
 
@@ -20,6 +20,7 @@ REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)
 
 
+@memory.says
 def linear_divergence_fwd(
     hidden,  # [N, H]
     weight,  # [V, H]
@@ -50,6 +51,7 @@ def linear_divergence_fwd(
     return tuple(x.clone() if kept is None else live.spread(x, kept, rows) for x in out)
 
 
+@memory.says
 def linear_divergence_bwd(
     hidden,
     weight,

@@ -17,6 +17,7 @@ from .linear_token_logprobs import statistics
 from .live import IGNORED
 
 
+@memory.says
 def linear_policy_loss_fwd(
     hidden,  # [N, H]
     weight,  # [V, H]
@@ -43,11 +44,10 @@ def linear_policy_loss_fwd(
     head = (hidden, weight, bias, targets)
     given = (advantages, row_weight, old_logp, ref_logp, sampler_logp)
     options = (temperature, softcap, objective, needs, rows)
-    with memory.said("linear_policy_loss", hidden, weight, needs):
-        if costate is None or not any(needs):
-            return _Loss(*head, given, *options).run()
-        third = (seed, tau, costate, embedding, sequence, position, costate_scale)
-        return _with_costate(*head, given, *options, third)
+    if costate is None or not any(needs):
+        return _Loss(*head, given, *options).run()
+    third = (seed, tau, costate, embedding, sequence, position, costate_scale)
+    return _with_costate(*head, given, *options, third)
 
 
 class _Loss:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import linear, live, tile
+from . import linear, live, memory, tile
 from . import rows as row_kernels
 from .logits import INF, finish, flat, raised
 
@@ -18,6 +18,7 @@ SPAN = 1024  # columns per program, a multiple of every tile's N
 PART = tl.constexpr(64)  # columns that go into the statistics at a time
 
 
+@memory.says
 def linear_logprobs_fwd(
     hidden,  # [N, H]
     weight,  # [V, H]
@@ -57,6 +58,7 @@ def statistics(
     return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
+@memory.says
 def linear_logprobs_bwd(
     hidden,
     weight,
@@ -109,6 +111,7 @@ def linear_logprobs_bwd(
     return (live.spread(dhidden, kept, count) if needs[0] else dhidden), *others
 
 
+@memory.says
 def linear_truncated_logprobs_fwd(
     hidden,
     weight,
@@ -141,6 +144,7 @@ def linear_truncated_logprobs_fwd(
     return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
+@memory.says
 def linear_truncated_logprobs_bwd(
     hidden,
     weight,

@@ -6,7 +6,6 @@ device's *whole* memory, and from what is free only where that would not fit: tw
 have the same bits unless one of them was short of memory.
 """
 
-import contextlib
 import functools
 
 import torch
@@ -64,31 +63,43 @@ def chunks(count, vocab, device=None, size=4):
     return [slice(at, min(at + step, count)) for at in range(0, count, step)]
 
 
-@contextlib.contextmanager
-def said(name, hidden, weight, needs):
-    """An out-of-memory error within says what the op needs beside its inputs, and what would fit.
+def says(launcher):
+    """A launcher of (hidden, weight, ...) whose out-of-memory error says what the op needs beside
+    its inputs, and what would fit. It stays a torch.OutOfMemoryError: who retries on one goes on
+    doing so."""
 
-    It stays a torch.OutOfMemoryError: who retries on one goes on doing so."""
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        rows, (vocab, width) = hidden.shape[0], weight.shape
-        fixed, each = needed(width, vocab, hidden.element_size(), needs)
-        there = free(hidden.device) if hidden.is_cuda else 0
-        block = 4 * TILE * vocab  # the least chunk
-        fit = max((there - fixed - block) // each, 0)
-        text = (
-            f"{name}: out of memory at {rows} rows of hidden [{rows}, {width}] and weight "
-            f"[{vocab}, {width}]: gradients of {_gib(fixed + each * rows)} and a block of logits "
-            f"of at least {_gib(block)} are needed, {_gib(there)} are free. "
+    @functools.wraps(launcher)
+    def run(hidden, weight, *rest, **options):
+        try:
+            return launcher(hidden, weight, *rest, **options)
+        except torch.OutOfMemoryError as e:
+            needs = [x for x in rest if isinstance(x, list) and x and isinstance(x[0], bool)]
+            needs = [*(needs or [[]])[-1], False, False, False]
+            text = what_fits(launcher.__name__, hidden, weight, needs)
+            raise torch.OutOfMemoryError(f"{text}. {e}") from e
+
+    return run
+
+
+def what_fits(name, hidden, weight, needs):
+    """What a call needs, what is free, and what to do about it."""
+    rows, (vocab, width) = hidden.shape[0], weight.shape
+    fixed, each = needed(width, vocab, hidden.element_size(), needs)
+    there = free(hidden.device) if hidden.is_cuda else 0
+    block = 4 * TILE * vocab  # the least chunk
+    fit = max((there - fixed - block) // each, 0)
+    text = (
+        f"{name}: out of memory at {rows} rows of hidden [{rows}, {width}] and weight "
+        f"[{vocab}, {width}]: gradients of {_gib(fixed + each * rows)} and a block of logits of at "
+        f"least {_gib(block)} are needed, {_gib(there)} are free. "
+    )
+    if fit and fit < rows:
+        return text + f"About {fit} rows fit: pass fewer a call (`normalizer=` keeps a loss right)"
+    if fixed and not fit:
+        return (
+            text + f"The head's fp32 gradient alone takes {_gib(fixed)}: freeze it or free memory"
         )
-        if fit and fit < rows:
-            text += f"About {fit} rows fit: pass fewer a call (`normalizer=` keeps their sum right)"
-        elif fixed and not fit:
-            text += f"The head's fp32 gradient alone takes {_gib(fixed)}: freeze it or free memory"
-        else:
-            text += "Free memory first (torch.cuda.empty_cache() where it is fragmented)"
-        raise torch.OutOfMemoryError(f"{text}. {e}") from e
+    return text + "Free memory first (torch.cuda.empty_cache() where it is fragmented)"
 
 
 def needed(width, vocab, size, needs):

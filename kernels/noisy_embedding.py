@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import linear
+from . import linear, memory
 from . import live as live_rows
 from . import rows as row_kernels
 
 
+@memory.says
 def noisy_embedding_bwd(
     hidden,  # [N, H]
     weight,  # [V, H]

@@ -9,7 +9,7 @@ from oracle import check
 
 import vgkern
 from vgkern import cases
-from vgkern.kernels import linear_policy_loss, live, memory
+from vgkern.kernels import linear, linear_policy_loss, live, memory
 from vgkern.ops import _check
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -136,35 +136,40 @@ def test_target_that_is_no_id(stray, costate, gpu_form, monkeypatch):
     assert dh[0].isfinite().all() and dh[3:].isfinite().all()
 
 
-@pytest.mark.parametrize("free", [10 << 20, 1 << 20])
-def test_out_of_memory_says_what_fits(free, gpu, monkeypatch):
+@pytest.mark.parametrize("op", ["linear_policy_loss", "linear_logprobs", "noisy_embedding"])
+def test_out_of_memory_says_what_fits(op, gpu, monkeypatch):
     h, w, y, mask, a = batch()
-    said = {}
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(linear_policy_loss.linear, "mm32", full)
-    monkeypatch.setattr(memory, "free", lambda device: free)
-    with pytest.raises(torch.OutOfMemoryError, match="42 rows of hidden") as e:
-        losses((h, w, y, mask, a), gpu)
-    said[free] = str(e.value)
-    assert "CUDA out of memory" in said[free] and "[203, 32]" in said[free]
+    if op == "linear_policy_loss":
+        monkeypatch.setattr(linear, "mm32", full)
+    monkeypatch.setattr(linear.Grads, "products", full)
+    with pytest.raises(torch.OutOfMemoryError, match=f"{op}.*42 rows of hidden") as e:
+        if op == "linear_policy_loss":
+            losses((h, w, y, mask, a), gpu)
+        elif op == "linear_logprobs":
+            lp = vgkern.linear_token_logprobs(h.requires_grad_(), w, y, backend=gpu)
+            lp.logp.sum().backward()
+        else:
+            x = vgkern.noisy_embedding(
+                h.requires_grad_(), w, w, y, relaxation="expected", backend=gpu
+            )
+            x.sum().backward()
+    assert "CUDA out of memory" in str(e.value) and "[203, 32]" in str(e.value)
 
 
-def test_rows_that_fit():
-    """80 GiB of head gradient do not fit whatever the rows; else their number is in the message."""
-    hidden, weight = torch.empty(4096, 64, device="meta"), torch.empty(1000, 64, device="meta")
+def test_rows_that_fit(monkeypatch):
+    """A head's gradient may not fit whatever the rows; else their number is in the message."""
+    hidden = types.SimpleNamespace(
+        shape=(4096, 64), is_cuda=True, device="cuda", element_size=lambda: 2
+    )
+    weight = types.SimpleNamespace(shape=(1000, 64))
 
-    def message(free, needs, width=64):
-        fake = types.SimpleNamespace(
-            shape=hidden.shape, is_cuda=True, device="cuda", element_size=lambda: 2
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "free", lambda device: free)
-            with pytest.raises(torch.OutOfMemoryError) as e, memory.said("op", fake, weight, needs):
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-        return str(e.value)
+    def message(free, needs):
+        monkeypatch.setattr(memory, "free", lambda device: free)
+        return memory.what_fits("op", hidden, weight, needs)
 
     fixed, each = memory.needed(64, 1000, 2, [True, True, False])
     assert fixed == 4 * 64 * 1000 and each == 4 * 64 + 2 * 64 + 32

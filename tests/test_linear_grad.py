@@ -215,6 +215,7 @@ def test_when_recompute_pays():
 
 def _changed(at, change):
     """The kernel with one of its arguments changed."""
+
     def make(*args):
         return linear_grad.linear_grad(*(change(x) if i == at else x for i, x in enumerate(args)))
 
