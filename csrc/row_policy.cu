@@ -13,11 +13,25 @@ VG_DEVICE float power_of(float c, float e, float inv_temperature) {
   return exp2f(floorf(log2f(256.f / fmaxf(most, 1e-30f))));
 }
 
-template <class Out>
-__global__ void __launch_bounds__(kMaxThreads) row_policy_kernel(RowPolicyArgs a) {
+// c = dl/dlogp and e = dl/dentropy of a row: doubles, so by one thread.
+VG_DEVICE void coefficients(const RowPolicyArgs& a, int64_t i, float logp, float* ce) {
+  const Objective& o = a.objective;
+  const float w = a.weight[i];
+  ce[0] = ce[1] = 0.f;
+  if (w == 0.f || logp == -kInf || !(o.always_active() || a.advantages[i] != 0.f)) return;
+  Token t{logp, a.old_logp ? a.old_logp[i] : logp, a.advantages[i]};
+  if (a.ref_logp) t.ref = a.ref_logp[i], t.has_ref = true;
+  if (a.sampler_logp) t.sampler = a.sampler_logp[i], t.has_sampler = true;
+  ce[0] = w * float(token_loss(t, Sequence{}, o).slope);
+  ce[1] = -w * o.entropy_coef;
+}
+
+template <class Out>  // two blocks: of itself ptxas takes 40 registers, and spills
+__global__ void __launch_bounds__(kMaxThreads, 2) row_policy_kernel(RowPolicyArgs a) {
   constexpr int C = 4;  // columns at a time
   VG_SHARED(Slots<Softmax>, shared);
-  const Objective& o = a.objective;
+  VG_SHARED(Slots<float>, shared_ce);
+  float* const ce = shared_ce.get();
   const int64_t vocab = a.logits.columns, step = int64_t(blockDim.x) * C;
   const float it = a.scale.inv_temperature;
   const bool in_place = over(a.logits, a.out);
@@ -47,14 +61,11 @@ __global__ void __launch_bounds__(kMaxThreads) row_policy_kernel(RowPolicyArgs a
       __syncthreads();  // a block of one warp: the target is read before a row is made in place
       s = block_reduce(s, Softmax(), shared.get());
       r = finish(s, target);
-      const float w = a.weight[i];
-      if (w != 0.f && r.logp != -kInf && (o.always_active() || a.advantages[i] != 0.f)) {
-        Token t{r.logp, a.old_logp ? a.old_logp[i] : r.logp, a.advantages[i]};
-        if (a.ref_logp) t.ref = a.ref_logp[i], t.has_ref = true;
-        if (a.sampler_logp) t.sampler = a.sampler_logp[i], t.has_sampler = true;
-        c = w * float(token_loss(t, Sequence{}, o).slope);
-        e = -w * o.entropy_coef;
-      }
+      if (threadIdx.x == 0) coefficients(a, i, r.logp, ce);
+      __syncthreads();
+      c = ce[0];
+      e = ce[1];
+      __syncthreads();  // `ce` may be written again
     }
     if (threadIdx.x == 0) {
       a.logp[i] = r.logp;
@@ -72,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_policy_kernel(RowPolicyArgs a
     for (int64_t first = 0; first < vocab; first += step) {  // as often for every thread
       const int64_t v = first + int64_t(threadIdx.x) * C;
       float dz[C] = {};
-      if (gradient.any()) {
+      if (c != 0.f || e != 0.f) {
         float z[C], slope[C];
         load_columns(row, v, vocab, -kInf, z);
 #pragma unroll

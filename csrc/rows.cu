@@ -84,8 +84,8 @@ VG_DEVICE void perturb(float (&z)[N], int64_t v, const NoiseRow& noise, const Ro
   }
 }
 
-template <class T, class Out>
-__global__ void __launch_bounds__(kMaxThreads) row_grad_kernel(RowGradArgs a) {
+template <class T, class Out>  // one block: of itself ptxas takes 64 registers, and spills
+__global__ void __launch_bounds__(kMaxThreads, 1) row_grad_kernel(RowGradArgs a) {
   constexpr int C = 4;  // columns at a time: one word of noise each
   VG_SHARED(Slots<Weighted>, shared);
   const int64_t vocab = a.logits.columns, step = int64_t(blockDim.x) * C;

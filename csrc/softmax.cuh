@@ -83,11 +83,10 @@ VG_DEVICE RowStats finish(const Softmax& s, float target) {
 // The gradient of a row's logits from c = dl/dlogp and e = dl/dentropy, before the slopes:
 // c (onehot - p) - e p (log p + entropy)
 struct RowGradient {
-  float c, e, base, own, lse;
+  float e, base, own, lse;
   VG_DEVICE RowGradient(float c, float e, float logp, float entropy, float lse)
-      : c(c), e(e), base(-c - e * entropy),
+      : e(e), base(-c - e * entropy),
         own(c * -expm1f(logp) - (e == 0.f ? 0.f : e * expf(logp) * (logp + entropy))), lse(lse) {}
-  VG_DEVICE bool any() const { return c != 0.f || e != 0.f; }
   VG_DEVICE float at(float z, bool target) const {  // p (base - e log p); a blocked id has none
     if (target) return own;
     const float d = z - lse;
