@@ -36,7 +36,7 @@ void launch(Launcher launcher, const Args& args, const Tensor& on) {
 #ifndef VG_EMULATED
   torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "vgkern: this torch has no CUDA");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
 #endif
   const int error = launcher(&args, stream);
   STD_TORCH_CHECK(error == 0, "vgkern: CUDA error ", error, " at launch");
