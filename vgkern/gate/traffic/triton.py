@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from vgkern.gate.traffic.moved import Moved, nbytes
+from vgkern.kernels import objective
 
 GROUP = 16  # rewards of a group
 TOKEN_SUMS = 13 * 4  # bytes that a program of policy_loss leaves
@@ -63,7 +64,7 @@ def moved(kernel: str, given: dict[str, Any], programs: tuple[int, ...]) -> Move
 def _walks(k: Given, times: int, *vectors: str, out: str = "", written: int = 0) -> Moved:
     """`times` over the logits, once over vectors of the rows; a row of `out` and `written` bytes of
     each row."""
-    bias = k.bytes("bias")
+    bias = k.bytes("bias") if times else 0
     return Moved(
         times * k.bytes("logits") + k.bytes(*vectors) + bias,
         (k.bytes(out) if out else 0) + k.programs * written,
@@ -119,7 +120,8 @@ def _tile(k: Given, columns: int, vectors: int) -> Moved:
     asked = blocks * tiles * (m + n) * width * size
     read = hidden + groups * weight + rows * vectors + bias
     again = asked - hidden - groups * weight + (parts - 1) * rows * vectors + (blocks - 1) * bias
-    return Moved(read, 0, 2 * blocks * m * tiles * n * width, size, again)
+    depth = -(-width // k["K"]) * k["K"]
+    return Moved(read, 0, 2 * blocks * m * tiles * n * depth, size, again)
 
 
 @model("_linear_stats_kernel")
@@ -203,7 +205,8 @@ def _token(k: Given) -> Moved:
 def _sequence(k: Given) -> Moved:
     four = k.bytes("logp", "advantages", "row_weight", "old")
     given = ("ref", "sampler", "entropy")
-    through = k["RATIO"] > 0 and k["RATIO"] != 2  # policy_loss.TOKEN, SEQUENCE_TOKEN
+    ratio, token = k["RATIO"], objective.TOKEN.value
+    through = ratio > token and ratio != objective.SEQUENCE_TOKEN.value
     first = k.bytes("sampler") if k["FIX"] else 0
     again = four + first + (four + k.bytes("ref", "sampler") if through else 0)
     made = k.bytes("dlogp", "dentropy") + k.programs * TOKEN_SUMS
