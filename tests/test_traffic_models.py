@@ -152,9 +152,7 @@ def continuous():
         states = vgkern.costate_scan(jacobian, push, first, done=done, backend="triton")
         states.backward(torch.randn(b, t + 1, n))
         sigma = torch.rand(b, t, n).requires_grad_()
-        states = vgkern.linear_rollout(
-            jacobian, push, sigma, first, noise(b, t), backend="triton"
-        )
+        states = vgkern.linear_rollout(jacobian, push, sigma, first, noise(b, t), backend="triton")
         states.backward(torch.randn(b, t + 1, n))
 
 
@@ -199,9 +197,10 @@ def seen():
         patch.setattr(triton_interpreter.GridExecutor, "__call__", counted)
         for f in (scores, losses, tokens, samples, credit, continuous):
             import time
-            t0=time.time()
+
+            t0 = time.time()
             f()
-            print(f.__name__, time.time()-t0)
+            print(f.__name__, time.time() - t0)
         patch.setattr(tile, "HIDDEN_IN_L2", 1)  # a group is one block of rows
         loss(BF16, EVERY, grad=True)
     return found

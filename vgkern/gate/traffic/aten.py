@@ -60,6 +60,8 @@ def moved(func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list
     written_only = [kwargs.get(a.name) for a in func._schema.arguments if a.is_out]
     if name in WRITE_ONLY:
         written_only.append(args[0])
+    if name.startswith("new_") or name.endswith("_like"):
+        written_only += args[:1]  # a shape
     read = {id(x): x for x in inputs if all(x is not o for o in written_only)}
     taken, made = nbytes(*read.values()), nbytes(*outputs)
     if name in GATHER:

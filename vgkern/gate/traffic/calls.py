@@ -10,36 +10,37 @@ import torch
 from torch import Tensor
 
 import vgkern
-from vgkern import objectives
 from vgkern.gate.traffic.count import Count, count, tensor
 
 BF16, F32, I64, F64 = torch.bfloat16, torch.float32, torch.int64, torch.float64
 LARGE, SMOL, TINY = (8192, 4096, 131072), (8192, 576, 49152), (1024, 256, 512)  # N, H, V
+TEACHER = 960  # width of the teacher's hidden states
 SEQUENCES = 8  # that the rows of a loss are of
 CUT = {"top_k": 50, "top_p": 0.95}
 
 
 class Call(NamedTuple):
-    name: str
+    op: str
+    what: str  # pass and options
+    shape: tuple[int, ...]
     run: Callable[[str], Any]  # on a backend, within `count`
     backends: tuple[str, ...] = ("triton", "cuda")
-    live: int | None = None  # rows that have a gradient
+    live: int | None = None  # rows that have a gradient; None: all
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.what} {'x'.join(map(str, self.shape))}"
 
     def count(self, backend: str) -> Count:
         return count(lambda: self.run(backend), backend, self.live)
 
 
 def calls() -> list[Call]:
-    made = [*_losses(), *_scores(), *_samples(), *_tokens(), *_credit(), *_continuous()]
-    return [Call(*x) if isinstance(x, tuple) and not isinstance(x, Call) else x for x in made]
+    return [*_losses(), *_scores(), *_samples(), *_tokens(), *_credit(), *_continuous()]
 
 
 def named(name: str) -> Call:
     return next(x for x in calls() if x.name == name)
-
-
-def shape_of(*sizes: int) -> str:
-    return "x".join(map(str, sizes))
 
 
 def _head(n: int, h: int, v: int, frozen: bool = False, grad: bool = True) -> tuple[Tensor, Tensor]:
@@ -73,11 +74,10 @@ def _losses() -> list[Call]:
 
     made = []
     for shape in (LARGE, SMOL, TINY):
-        made.append(Call(f"linear_policy_loss full {shape_of(*shape)}", loss(shape, False)))
-        made.append(Call(f"linear_policy_loss frozen {shape_of(*shape)}", loss(shape, True)))
+        made.append(Call("linear_policy_loss", "full", shape, loss(shape, False)))
+        made.append(Call("linear_policy_loss", "frozen", shape, loss(shape, True)))
     half = loss(LARGE, False)
-    name = f"linear_policy_loss half-live {shape_of(*LARGE)}"
-    return [*made, Call(name, half, live=LARGE[0] // 2)]
+    return [*made, Call("linear_policy_loss", "half-live", LARGE, half, live=LARGE[0] // 2)]
 
 
 def _scores() -> list[Call]:
@@ -96,13 +96,12 @@ def _scores() -> list[Call]:
 
         return run
 
+    op = "linear_token_logprobs"
     made = []
     for shape in (LARGE, SMOL):
-        for grad in (False, True):
-            name = f"linear_token_logprobs {'both' if grad else 'fwd'} {shape_of(*shape)}"
-            made.append(Call(name, score(shape, grad, {})))
-    name = f"linear_token_logprobs both-truncated {shape_of(*SMOL)}"
-    return [*made, Call(name, score(SMOL, True, CUT))]
+        made.append(Call(op, "fwd", shape, score(shape, False, {})))
+        made.append(Call(op, "both", shape, score(shape, True, {})))
+    return [*made, Call(op, "truncated", SMOL, score(SMOL, True, CUT))]
 
 
 def _samples() -> list[Call]:
@@ -114,10 +113,11 @@ def _samples() -> list[Call]:
         return run
 
     return [
-        Call(f"linear_sample {'truncated' if cut else 'plain'} {shape_of(b, *hv)}",
-             sample(b, *hv, cut))
-        for hv in (LARGE[1:], SMOL[1:]) for b in (1, 64, 256) for cut in ({}, CUT)
-    ]  # fmt: skip
+        Call("linear_sample", "truncated" if cut else "plain", (b, *hv), sample(b, *hv, cut))
+        for hv in (LARGE[1:], SMOL[1:])
+        for b in (1, 64, 256)
+        for cut in ({}, CUT)
+    ]
 
 
 def _tokens() -> list[Call]:
@@ -145,14 +145,13 @@ def _tokens() -> list[Call]:
             tensor(b), tensor(b, dtype=I64), backend=backend
         )
 
-    assert objectives.GSPO
-    n, _, v = LARGE
+    rows, grid = (LARGE[0], LARGE[2]), (256, 4096)
     return [
-        Call(f"token_logprobs fwd {shape_of(n, v)}", logprobs(n, v, False)),
-        Call(f"token_logprobs both {shape_of(n, v)}", logprobs(n, v, True)),
-        Call(f"policy_loss grpo {shape_of(256, 4096)}", loss("grpo", 256, 4096)),
-        Call(f"policy_loss gspo {shape_of(256, 4096)}", loss("gspo", 256, 4096)),
-        Call("group_advantages grpo 512", advantages(512)),
+        Call("token_logprobs", "fwd", rows, logprobs(*rows, False)),
+        Call("token_logprobs", "both", rows, logprobs(*rows, True)),
+        Call("policy_loss", "grpo", grid, loss("grpo", *grid)),
+        Call("policy_loss", "gspo", grid, loss("gspo", *grid)),
+        Call("group_advantages", "grpo", (512,), advantages(512)),
     ]
 
 
@@ -176,15 +175,12 @@ def _credit() -> list[Call]:
 
         return run
 
-    n, h, v = SMOL
+    op, only = "linear_divergence", ("triton",)
     return [
-        Call(f"noisy_embedding both {shape_of(n, h, v)}", embedding(n, h, v)),
-        *(
-            Call(f"linear_divergence {'both' if grad else 'fwd'} {shape_of(n, h, v)} from 960",
-                 divergence(n, h, v, 960, grad), ("triton",))
-            for grad in (False, True)
-        ),
-    ]  # fmt: skip
+        Call("noisy_embedding", "both", SMOL, embedding(*SMOL)),
+        Call(op, "fwd", (*SMOL, TEACHER), divergence(*SMOL, TEACHER, False), only),
+        Call(op, "both", (*SMOL, TEACHER), divergence(*SMOL, TEACHER, True), only),
+    ]
 
 
 def _continuous() -> list[Call]:
@@ -199,11 +195,8 @@ def _continuous() -> list[Call]:
 
     def scan(b: int, t: int, n: int) -> Callable[[str], Any]:
         def run(backend: str) -> Any:
-            given = (
-                tensor(b, t, n, n, grad=True),
-                tensor(b, t, n, grad=True),
-                tensor(b, n, grad=True),
-            )
+            given = [tensor(b, t, n, n, grad=True), tensor(b, t, n, grad=True)]
+            given.append(tensor(b, n, grad=True))
             out = vgkern.costate_scan(*given, gamma=0.99, backend=backend)
             return out, torch.autograd.grad(out, given, tensor(b, t + 1, n))
 
@@ -218,9 +211,10 @@ def _continuous() -> list[Call]:
 
         return run
 
+    wide, small, large = (65536, 64), (256, 256, 64), (256, 256, 200)
     return [
-        Call("gaussian_action both 65536x64", gaussian(65536, 64)),
-        Call("costate_scan both 256x256x64", scan(256, 256, 64)),
-        Call("costate_scan both 256x256x200", scan(256, 256, 200)),
-        Call("linear_rollout both 256x256x64", rollout(256, 256, 64)),
+        Call("gaussian_action", "both", wide, gaussian(*wide)),
+        Call("costate_scan", "both", small, scan(*small)),
+        Call("costate_scan", "both", large, scan(*large)),
+        Call("linear_rollout", "both", small, rollout(*small)),
     ]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
@@ -73,9 +74,8 @@ def count(call: Callable[[], Any], backend: str, live: int | None = None) -> Cou
     if backend not in ("triton", "cuda"):
         raise ValueError(f"backend: got {backend!r}; allowed: 'triton', 'cuda'")
     found = Count()
-    with _pretended(found, live) as counter:
-        result = call()
-        del result
+    with _pretended(found, live):
+        call()
     return found
 
 
@@ -95,10 +95,12 @@ def _pretended(found: Count, live: int | None) -> Iterator["_Counter"]:
         for patch in _patches(counter):
             stack.enter_context(patch)
         stack.enter_context(record._gpu(ARCH))
+        stack.enter_context(_as_by_default())
         _forget()
         stack.callback(_forget)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(counter)
+        stack.enter_context(_Python(counter))
         yield counter
 
 
@@ -128,6 +130,18 @@ def _patches(counter: "_Counter") -> list[Any]:
         mock.patch.object(torch.ops, "vgkern_launch", _CudaLaunchers(counter), create=True),
         mock.patch.object(_cuda, "missing", lambda device: None),
     ]
+
+
+@contextlib.contextmanager
+def _as_by_default() -> Iterator[None]:
+    """torch as it is where nobody set anything."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
 
 
 def _forget() -> None:
@@ -161,6 +175,32 @@ class _CudaLaunchers:
         return launch
 
 
+class _Python(TorchFunctionMode):
+    """What only Python's side of a call says: that a tensor is made without a device, and so on the
+    host (torch's own code means the device of the tensors that it works on), and that one is
+    brought to the host."""
+
+    MAKES = frozenset("arange empty eye full linspace ones rand randn tensor zeros".split())
+
+    def __init__(self, counter: "_Counter") -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        to = [*args[1:2], kwargs.get("device")] if name == "to" else []
+        if name == "cpu" or any(isinstance(x, (str, torch.device)) and _is_cpu(x) for x in to):
+            self.counter.found.waits.append("cpu")
+        if name not in self.MAKES or not _is_cpu(kwargs.get("device") or "cpu"):
+            return func(*args, **kwargs)
+        before, self.counter.on_host = self.counter.on_host, True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.counter.on_host = before
+
+
 class _Counter(TorchDispatchMode):
     _active = threading.local()
 
@@ -169,6 +209,7 @@ class _Counter(TorchDispatchMode):
         self.found, self.live = found, live
         self.below = False  # torch's own code runs: no tensor pretends
         self.silent = False
+        self.on_host = False  # what is made now
         self.storages: dict[Any, tuple[StorageWeakRef, int]] = {}
         self.own_bytes = 0
         self.owned: set[Any] = set()
@@ -248,7 +289,7 @@ class _Counter(TorchDispatchMode):
         wanted = kwargs.get("device")
         on_device = wanted is not None and torch.device(wanted).type == "cuda"
         inputs = [x for x in given if not _on_host(x)]
-        host = not on_device and not inputs
+        host = not on_device and not inputs and (self.on_host or bool(given))
         if on_device:
             kwargs["device"] = torch.device("cpu")
         self.below = True
@@ -327,6 +368,10 @@ def _is_composite(func: Any) -> bool:
     return bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     )
+
+
+def _is_cpu(device: Any) -> bool:
+    return torch.device(device).type == "cpu"
 
 
 def _on_host(x: Tensor) -> bool:
