@@ -1,5 +1,7 @@
 """Argument checks that the ops of continuous actions and states share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,12 +27,14 @@ def expanded(name: str, x: Tensor, shape: torch.Size, meaning: str) -> Tensor:
         raise _check.fail(name, x, allowed) from None
 
 
-def values(name: str, x: Tensor, good: Tensor, allowed: str) -> None:
-    """One exception that names the first element of x that is not `good`. CPU only."""
+def values(name: str, x: Tensor, good: Callable[[Tensor], Tensor], allowed: str) -> None:
+    """One exception that names the first element of x that is not `good`. CPU only: elsewhere
+    nothing is launched."""
     if not _check.can_look(x.device):
         return
-    if not bool(good.all()):
-        at = (~good).nonzero()[0].tolist()
+    fine = good(x)
+    if not bool(fine.all()):
+        at = (~fine).nonzero()[0].tolist()
         kind = ValueError if bool(x[tuple(at)].isfinite()) else _check.NonFiniteError
         raise kind(f"{name}: got {float(x[tuple(at)])} at {at}; allowed: {allowed}")
 

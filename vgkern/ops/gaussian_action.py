@@ -91,8 +91,8 @@ def gaussian_action(
         raise _check.fail("mean", mean, "[..., n] with n >= 1")
     _continuous.same_dtype(mean=mean, log_std=log_std)
     device = _check.same_device(mean=mean, log_std=log_std)
-    _continuous.values("mean", mean, ~mean.isnan(), "no NaN")
-    _continuous.values("log_std", log_std, log_std.isfinite(), "finite numbers")
+    _continuous.values("mean", mean, lambda x: ~x.isnan(), "no NaN")
+    _continuous.values("log_std", log_std, torch.isfinite, "finite numbers")
     log_std = _continuous.expanded("log_std", log_std, mean.shape, "mean")
     flat, n = mean.shape[:-1], mean.shape[-1]
     seed, *rows = _continuous.seed_and_rows(noise, flat, device)

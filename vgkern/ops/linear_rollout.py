@@ -100,7 +100,8 @@ def linear_rollout(
     _check.rows_like("initial", initial, torch.Size((b, n)), f"[B, n] = {[b, n]}, as jacobian")
     _continuous.same_dtype(jacobian=jacobian, drift=drift, sigma=sigma, initial=initial)
     device = _check.same_device(jacobian=jacobian, drift=drift, sigma=sigma, initial=initial)
-    _continuous.values("sigma", sigma, (sigma >= 0) & sigma.isfinite(), "finite numbers >= 0")
+    fine = "finite numbers >= 0"
+    _continuous.values("sigma", sigma, lambda x: (x >= 0) & x.isfinite(), fine)
     drift = _continuous.expanded("drift", drift, shape, "[B, T, n]")
     sigma = _continuous.expanded("sigma", sigma, shape, "[B, T, n]")
     seed, *rows = _continuous.seed_and_rows(noise, shape[:2], device)

@@ -44,6 +44,7 @@ class Launch(NamedTuple):
     shapes: str
     moved: Moved
     times: int = 1
+    waits: bool = False  # the host, for the device
 
     def __str__(self) -> str:
         return f"{self.kind:<8}{self.name:<28}{self.shapes}"
@@ -249,11 +250,13 @@ class _Counter(TorchDispatchMode):
 
     # --- launches
 
-    def add(self, kind: str, name: str, values: Any, moved: Moved, times: int = 1) -> None:
+    def add(
+        self, kind: str, name: str, values: Any, moved: Moved, times: int = 1, waits: bool = False
+    ) -> None:
         if times and not self.silent:
             tensors = {id(x): x for x in tree_leaves(list(values)) if isinstance(x, Tensor)}
             shapes = [_short(x) for x in tensors.values()]
-            self.found.launched.append(Launch(kind, name, " ".join(shapes), moved, times))
+            self.found.launched.append(Launch(kind, name, " ".join(shapes), moved, times, waits))
 
     def triton_run(self, kernel: Any, *args: Any, grid: Any, **options: Any) -> None:
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
@@ -306,13 +309,14 @@ class _Counter(TorchDispatchMode):
         if host:
             return out
         self._allocate(outputs)
-        if name in aten.WAITS or (name == "_to_copy" and not inputs):
+        waits = name in aten.WAITS or (name == "_to_copy" and not inputs)
+        if waits:
             self.found.waits.append(name)
         times = aten.launches(func, inputs, outputs)
         if times:
             kind = "product" if name in aten.PRODUCTS else "aten"
             moved = aten.moved(func, args, kwargs, inputs, outputs)
-            self.add(kind, name, [*inputs, *outputs], moved, times)
+            self.add(kind, name, [*inputs, *outputs], moved, times, waits)
         return out
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:

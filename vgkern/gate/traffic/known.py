@@ -1,6 +1,6 @@
 """Calls that are over a bar, and why: each may be so far over it and no further.
 
-A line here is a debt: the gate fails where a call exceeds it, and where it is not needed any more.
+A line here is a debt: the gate fails where a call exceeds it, and where it is paid.
 """
 
 from typing import NamedTuple
@@ -9,9 +9,10 @@ from vgkern.gate.traffic.calls import Call
 
 
 class Known(NamedTuple):
-    ratio: float | None  # of the bytes to the minimum; None: within the bar
-    launches: int | None
     why: str
+    ratio: float | None = None  # of the bytes to the minimum; None: within the bar
+    launches: int | None = None
+    peak: int | None = None
 
 
 KNOWN: dict[tuple[str, str], Known] = {}
