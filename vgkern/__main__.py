@@ -110,7 +110,18 @@ def doctor(arguments: list[str]) -> int:
         "--arch", type=int, nargs="+", choices=ARCHS, default=DEFAULT, help="with --kernels: sm_..."
     )
     parser.add_argument("--json", metavar="FILE", help="with --kernels: the table as JSON too")
+    parser.add_argument(
+        "--traffic", action="store_true",
+        help="what every op launches and moves on a GPU, its least, and the time that follows"
+    )  # fmt: skip
+    parser.add_argument(
+        "--write", action="store_true", help="with --traffic: docs/gpu-predictions.md too"
+    )
     given = parser.parse_args(arguments)
+    if given.traffic:
+        from vgkern.gate.traffic.report import report as traffic
+
+        return traffic(given.write)
     if not given.kernels:
         return native("doctor", [])
     from vgkern.gate.doctor import report

@@ -31,7 +31,7 @@ class Call(NamedTuple):
     def name(self) -> str:
         return f"{self.op} {self.what} {'x'.join(map(str, self.shape))}"
 
-    def count(self, backend: str) -> Count:
+    def counted(self, backend: str) -> Count:
         return count(lambda: self.run(backend), backend, self.live)
 
 
@@ -204,8 +204,9 @@ def _continuous() -> list[Call]:
 
     def rollout(b: int, t: int, n: int) -> Callable[[str], Any]:
         def run(backend: str) -> Any:
-            given = [tensor(b, t, n, n, grad=True), tensor(b, t, n, grad=True)]
-            given += [tensor(b, t, n, grad=True), tensor(b, n, grad=True)]
+            matrix, first = tensor(b, t, n, n, grad=True), tensor(b, n, grad=True)
+            drift, sigma = tensor(b, t, n, grad=True), tensor(b, t, n, grad=True)
+            given = (matrix, drift, sigma, first)
             out = vgkern.linear_rollout(*given, _noise(b, t), backend=backend)
             return out, torch.autograd.grad(out, given, tensor(b, t + 1, n))
 

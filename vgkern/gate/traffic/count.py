@@ -100,6 +100,8 @@ def _pretended(found: Count, live: int | None) -> Iterator["_Counter"]:
         _forget()
         stack.callback(_forget)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _Counter._active.counter = counter
+        stack.callback(setattr, _Counter._active, "counter", None)
         stack.enter_context(counter)
         stack.enter_context(_Python(counter))
         yield counter
@@ -181,7 +183,7 @@ class _Python(TorchFunctionMode):
     host (torch's own code means the device of the tensors that it works on), and that one is
     brought to the host."""
 
-    MAKES = frozenset("arange empty eye full linspace ones rand randn tensor zeros".split())
+    MAKES = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
 
     def __init__(self, counter: "_Counter") -> None:
         super().__init__()
@@ -222,14 +224,6 @@ class _Counter(TorchDispatchMode):
         if counter is None:
             raise RuntimeError("tensor() is for calls within count()")
         return counter
-
-    def __enter__(self) -> "_Counter":
-        _Counter._active.counter = self
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
 
     # --- what tensors say
 
@@ -305,7 +299,7 @@ class _Counter(TorchDispatchMode):
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for x in outputs:
             if host:
-                x._vg_host = True
+                vars(x)["_vg_host"] = True
         if host:
             return out
         self._allocate(outputs)

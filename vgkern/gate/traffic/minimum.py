@@ -104,7 +104,7 @@ def linear_policy_loss(call: Call) -> Minimum:
     bytes_ += x.dhidden(parts, 4) + 4 * live * h + 2 * n * h
     if not frozen:
         bytes_ += x.dweight(parts) + _rounded(v * h)
-    return Minimum(bytes_ + n * (8 + 5 * 4), 20 + 4 * (parts - 1) + 8 * _looks(call))
+    return Minimum(bytes_ + n * (8 + 5 * 4), 20 + 4 * (parts - 1) + 8 * looks(call))
 
 
 @form
@@ -114,8 +114,8 @@ def linear_token_logprobs(call: Call) -> Minimum:
     dW where it is one product, else it is summed in fp32 first.
 
     Launches: forward, a check of the targets, statistics (2), 4 to look for ignored rows; backward,
-    the coefficients (4), another look (4, and 8 vectors put together), the gradient, three products,
-    the roundings (2); 4 for each further chunk.
+    the coefficients (4), another look (4, and 8 vectors put together), the gradient, three
+    products, the roundings (2); 4 for each further chunk.
     """
     n, h, v = call.shape
     x = _Head(n, h, v)
@@ -123,14 +123,14 @@ def linear_token_logprobs(call: Call) -> Minimum:
     if call.what == "truncated":
         return _truncated_both(x)
     if call.what == "fwd":
-        return Minimum(x.tile() + vectors, 4 + 4 * _looks(call))
+        return Minimum(x.tile() + vectors, 4 + 4 * looks(call))
     narrow = h < WIDE
     size = GRAD if narrow else LOGIT
     parts = chunks(n, v, size)
     made = x.tile() if narrow else x.logits(parts) + LOGIT * x.rows
     head = x.dweight(parts) + _rounded(v * h) if parts > 1 else x.dweight(1) - 2 * v * h
     bytes_ = x.tile() + made + GRAD * x.rows + x.dhidden(parts, 2) + head + 2 * vectors
-    return Minimum(bytes_, 16 + 16 * _looks(call) + 4 * (parts - 1))
+    return Minimum(bytes_, 16 + 16 * looks(call) + 4 * (parts - 1))
 
 
 SELECT = 3  # walks over a row that find a cut by its bits: 11, 11 and 10 of them
@@ -246,10 +246,9 @@ def linear_rollout(call: Call) -> Minimum:
     return Minimum(3 * 4 * b * t * n * n + 4 * b * t * n * (3 + 4) + 2 * 16 * b * t, 2)
 
 
-def _looks(call: Call) -> bool:
-    """Does a look of the host at the live rows pay?"""
-    n, h, v = call.shape[:3]
-    return n * h * v > 1e11
+def looks(call: Call) -> bool:
+    """May the host look at how many rows are live? 20 us, against 2 flops each for this many."""
+    return len(call.shape) >= 3 and call.shape[0] * call.shape[1] * call.shape[2] > 1e11
 
 
 PEAK = {  # bytes beside the inputs: one fp32 gradient of the head and a block of logits

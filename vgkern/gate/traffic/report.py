@@ -17,47 +17,42 @@ ONE_PERCENT = 0.01
 class Line(NamedTuple):
     call: calls.Call
     backend: str
-    count: Count
+    found: Count
     minimum: Minimum
     time: predict.Time
 
     @property
     def ratio(self) -> float:
-        return self.count.bytes / self.minimum.bytes
+        return self.found.bytes / self.minimum.bytes
+
+    @property
+    def name(self) -> str:
+        return f"{self.call.name} on {self.backend}"
 
     def faults(self) -> list[str]:
-        """The bars that this call is over and may not be."""
-        name, allowed = self.call.name, known.known(self.call, self.backend)
-        most, launches = self.minimum.most_bytes, self.minimum.launches
-        if allowed and allowed.ratio:
-            most = allowed.ratio * self.minimum.bytes
-        if allowed and allowed.launches:
-            launches = allowed.launches
-        found = []
-        if self.count.bytes > most:
-            share = f"{self.ratio:.3f} of the minimum {self.minimum.bytes / 1e9:.3f} GB"
-            allow = f"{most / self.minimum.bytes:.3f}"
-            found.append(f"moves {self.count.bytes / 1e9:.3f} GB, {share}; allowed: {allow}")
-        if self.count.launches > launches:
-            found.append(f"{self.count.launches} launches; allowed: {launches}")
-        if self.backend == "triton" and name in MILLISECONDS:
-            took = 1e3 * self.time.total
-            if took > MILLISECONDS[name]:
-                found.append(f"{took:.2f} ms predicted; allowed: {MILLISECONDS[name]}")
-        peak = (allowed.peak if allowed else None) or PEAK.get(name)
-        if peak and self.count.peak > peak:
-            gib = (self.count.peak / 2**30, peak / 2**30)
-            found.append(f"{gib[0]:.2f} GiB beside its inputs; allowed: {gib[1]:.2f}")
-        return [f"{name} on {self.backend}: {x}" for x in found]
+        """The bars that this call is over and may not be, and those that it is known to be over
+        and is not."""
+        allowed, m, n = known.known(self.call, self.backend), self.minimum, self.found
+        faults = []
 
-    def settled(self) -> bool:
-        """Is it within the bars that it is known to be over?"""
-        allowed = known.known(self.call, self.backend)
-        return allowed is not None and (
-            (allowed.ratio is not None and self.count.bytes <= self.minimum.most_bytes)
-            or (allowed.launches is not None and self.count.launches <= self.minimum.launches)
-            or (allowed.peak is not None and self.count.peak <= PEAK[self.call.name])
-        )
+        def hold(what: str, value: float, bar: float, over: float | None) -> None:
+            if value > (bar if over is None else over):
+                faults.append(f"{what} {value:.3f}; allowed: {bar if over is None else over:.3f}")
+            elif over is not None and value <= bar:
+                within = f"{what} {value:.3f} is within {bar:.3f}"
+                faults.append(f"{within}: known.py says that it is not")
+
+        hold("bytes over the minimum", self.ratio, m.most_bytes / m.bytes, allowed.ratio)
+        hold("launches", n.launches, m.launches, allowed.launches)
+        if self.call.name in PEAK:
+            bar = PEAK[self.call.name] / 2**30
+            hold("GiB beside the inputs", n.peak / 2**30, bar, allowed.peak)
+        if self.backend == "triton" and self.call.name in MILLISECONDS:
+            bar = MILLISECONDS[self.call.name]
+            hold("milliseconds predicted", 1e3 * self.time.total, bar, None)
+        waits = [w for w in n.waits if w != "nonzero" or not minimum.looks(self.call)]
+        faults += [f"the host waits for {w}" for w in waits]
+        return [f"{self.name}: {x}" for x in faults]
 
 
 def lines(only: str = "") -> list[Line]:
@@ -68,15 +63,15 @@ def lines(only: str = "") -> list[Line]:
 
 
 def line(call: calls.Call, backend: str) -> Line:
-    count = call.count(backend)
-    return Line(call, backend, count, minimum.minimum(call), predict.time(count))
+    found = call.counted(backend)
+    return Line(call, backend, found, minimum.minimum(call), predict.time(found))
 
 
 HEAD = ("op", "pass", "shape", "backend", "launches", "GB", "x min", "TFLOP", "GiB", "ms", "bound")
 
 
 def cells(x: Line) -> tuple[str, ...]:
-    n = x.count
+    n = x.found
     shape = "x".join(map(str, x.call.shape))
     over = f"{x.ratio:.2f}" if n.bytes > minimum.SLACK else "-"
     return (
@@ -93,8 +88,9 @@ def table(rows: list[Line]) -> str:
     """Aligned, for a terminal."""
     all_ = [HEAD, *map(cells, rows)]
     widths = [max(len(row[i]) for row in all_) for i in range(len(HEAD))]
+    sides = [str.ljust] * 4 + [str.rjust] * (len(HEAD) - 4)
     return "\n".join(
-        "  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        "  ".join(side(c, w) for side, c, w in zip(sides, row, widths, strict=True)).rstrip()
         for row in all_
     )
 
@@ -110,8 +106,9 @@ def section(rows: list[Line]) -> str:
 
 def _arithmetic(x: Line) -> str:
     """Each launch that takes a hundredth of the call, and the rest."""
-    rows, rest, small = [], 0.0, 0
-    for one in x.count.launched:
+    rows: list[tuple[str, ...]] = []
+    rest, small = 0.0, 0
+    for one in x.found.launched:
         took = predict.device(one)
         if took < ONE_PERCENT * x.time.total:
             rest, small = rest + took, small + one.times
@@ -143,12 +140,13 @@ def report(write: bool) -> int:
     """Prints the table and what is over a bar; 1 if anything is that may not be."""
     rows = lines()
     print(table(rows))
-    faults = [fault for x in rows for fault in x.faults()]
+    known_over: dict[str, list[str]] = {}
     for x in rows:
-        if (allowed := known.known(x.call, x.backend)) is not None:
-            print(f"known: {x.call.name} on {x.backend}: {allowed.why}")
-            if x.settled():
-                faults.append(f"{x.call.name} on {x.backend} is within a bar: known.py says not")
+        for why in known.known(x.call, x.backend).why:
+            known_over.setdefault(why, []).append(x.name)
+    for why, names in known_over.items():
+        print(f"known: {why}\n    " + "\n    ".join(names))
+    faults = [fault for x in rows for fault in x.faults()]
     for fault in faults:
         print(f"BROKEN: {fault}")
     if write:
