@@ -18,7 +18,6 @@ from .logits import INF, flat
 # An H100, as measured with large products and copies
 FLOPS = 790e12
 BYTES = 3.0e12
-PART = {2: 32, 4: 64}  # columns that the gradient is made of at a time: more of them spill
 
 
 def recompute_pays(hidden_width, element_size=2):
@@ -54,14 +53,12 @@ def linear_grad(
         return out
     vectors = (flat(x) for x in (bias, targets, logp, entropy, lse, c, e))
     with torch.cuda.device_of(hidden):
-        m, n, k, warps, stages = tile.config(count, vocab, width, size)
-        blocks = triton.cdiv(count, m)
-        _linear_grad_kernel[(blocks * triton.cdiv(vocab, n),)](
+        t = tile.config(count, vocab, width, size)
+        blocks = triton.cdiv(count, t.rows)
+        _linear_grad_kernel[(blocks * triton.cdiv(vocab, t.columns),)](
             hidden, hidden.stride(0), weight, weight.stride(0), *vectors, out, out.stride(0), count,
-            vocab, width, blocks, tile.group(m, width, size), 1 / temperature, softcap,
-            ignore_index, SOFTCAP=softcap != 0, WHOLE=width % k == 0,
-            PRECISION=tile.precision(hidden.dtype), M=m, N=n, K=k, PART=PART[size],
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True
+            vocab, width, blocks, tile.group(blocks, t.rows, width, size), 1 / temperature, softcap,
+            ignore_index, SOFTCAP=softcap != 0, **t.options(width, hidden.dtype)
         )  # fmt: skip
     return out
 
@@ -99,7 +96,7 @@ def _linear_grad_kernel(
 ):
     block, part = tile.place(blocks, group)
     first = part * N
-    rm = block * M + tl.arange(0, M)
+    rm = block.to(tl.int64) * M + tl.arange(0, M)
     inside = rm < R
     y = tl.load(targets + rm, mask=inside, other=ignore_index)
     lp, ent = tl.load(logp + rm, mask=inside), tl.load(entropy + rm, mask=inside)
@@ -112,8 +109,9 @@ def _linear_grad_kernel(
             hidden, hidden_stride, weight, weight_stride, rm, first, R, V, H, WHOLE, PRECISION, M,
             N, K
         )  # fmt: skip
+        chosen = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)
         at_y = -ci * libdevice.expm1(lp) - ei * libdevice.exp(lp) * (lp + ent)
-        rows = (y, log_z, ei, ci + ei * ent, at_y, live)
+        rows = (chosen, log_z, ei, ci + ei * ent, at_y, live)
         to = (out + rm * out_stride, inside)
         scalars = (V, scale, softcap)
         _store(to, x, bias, rows, scalars, first, SOFTCAP, M, N, PART)
@@ -136,15 +134,14 @@ def _store(
         _store(to, right, bias, rows, scalars, first + N // 2, SOFTCAP, M, N // 2, PART)
     else:
         out_rows, inside = to
-        y, log_z, ei, shift, at_y, live = rows
+        chosen, log_z, ei, shift, at_y, live = rows
         V, scale, softcap = scalars
         cols = first + tl.arange(0, N)
         z, slope = tile.finished(x, bias, cols, V, scale, softcap, SOFTCAP)
         d = z - log_z[:, None]
         d = tl.where(d < -1e30, -1e30, d)
         dz = tl.exp(d) * (-ei[:, None] * d - shift[:, None])
-        at = tile.within(y, first, V, N)
-        dz = tl.where(tl.arange(0, N)[None, :] == at[:, None], at_y[:, None], dz)
+        dz = tl.where(cols[None, :] == chosen[:, None], at_y[:, None], dz)
         dz = tl.where(live[:, None], dz * (slope * scale), 0.0)
         stored = inside[:, None] & (cols < V)[None, :]
         tl.store(out_rows[:, None] + cols[None, :], dz.to(out_rows.dtype.element_ty), mask=stored)

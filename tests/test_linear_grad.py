@@ -148,7 +148,7 @@ def test_no_rows_and_a_row_stride():
 @pytest.mark.parametrize("how", ["ignored", "no upstream"])
 def test_a_block_of_dead_rows_costs_no_product(how):
     args = problem("whole", BF16)
-    m = tile.config(129, 256, 128, 2)[0]
+    m = tile.config(129, 256, 128, 2).rows
     assert m < 129
     h, y, c, e = args[0], args[3], args[7], args[8]
     h[:m] = NAN
@@ -174,7 +174,7 @@ def test_no_race_and_no_wasted_byte():
         run(args)
     count, vocab = 70, 279
     assert interpreter.TRAFFIC.stored == 2 * count * vocab
-    m, n, *_ = tile.config(count, vocab, 7, 2)
+    m, n = tile.config(count, vocab, 7, 2)[:2]
     tiles = -(-count // m), -(-vocab // n)
     read = 2 * 7 * tiles[0] * tiles[1] * (m + n) + 4 * vocab * tiles[0]
     assert interpreter.TRAFFIC.loaded <= read + (8 + 6 * 4) * count * tiles[1]
@@ -188,19 +188,19 @@ def test_every_tile(size, kind, monkeypatch):
         assert error(run(args), truth(*args)) <= 1
 
 
-@pytest.mark.parametrize("shared", [99 << 10, 227 << 10])
-def test_the_order_of_a_sum_does_not_depend_on_the_batch(shared, monkeypatch):
-    """Columns and depth of a tile are those of the head."""
+@pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
+def test_the_tile_of_a_device(shared, monkeypatch):
+    """It fits, and its parts, the order of a row's sum, do not depend on the number of rows."""
     monkeypatch.setattr(tile, "shared_memory", lambda: shared)
     seen = set()
     for size in (2, 4):
-        for width in (16, 576, 2048, 4096):
-            few, many = (tile.config(n, 50257, width, size) for n in (1, 4096))
-            assert few[1:3] == many[1:3]
-            assert few[4] * (few[0] + few[1]) * few[2] * size <= shared
-            assert many[4] * (many[0] + many[1]) * many[2] * size <= shared
-            seen.add(many[:2])
-    assert seen == {(64, 64), (128, 128), *([(128, 256)] if shared > 99 << 10 else [])}
+        for width in (16, 83, 576, 1536, 4096):
+            for count in (1, 64, 65, 8192):
+                t = tile.config(count, 50257, width, size)
+                assert t.stages * (t.rows + t.columns) * t.depth * size <= shared
+                seen.add((t.rows, t.columns))
+                assert t.part == tile.config(8192, 50257, width, size).part
+    assert seen == {(32, 64), (64, 64), (64, 128), (128, 256 if shared > tile.LARGE else 128)}
 
 
 def test_when_recompute_pays():
@@ -215,6 +215,7 @@ def test_when_recompute_pays():
 
 def _changed(at, change):
     """The kernel with one of its arguments changed."""
+
     def make(*args):
         return linear_grad.linear_grad(*(change(x) if i == at else x for i, x in enumerate(args)))
 
