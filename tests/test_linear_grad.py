@@ -287,3 +287,30 @@ def test_every_tile_once_and_groups_one_after_the_other(blocks, parts, group):
     got = order(blocks, parts, group)
     assert sorted(map(tuple, got)) == [(b, p) for b in range(blocks) for p in range(parts)]
     assert [b // group for b, _ in got] == sorted(b // group for b, _ in got)
+
+
+def read_from_memory(places, h_block, w_part, cache=50 << 20, at_once=132):
+    """Bytes of (hidden, weight) that miss a cache that drops what was used longest ago, with the
+    programs side by side in the order of the grid, each reading its two operands at once."""
+    held, misses = {}, [0, 0]
+    size = (h_block, w_part)
+    for wave in (places[i : i + at_once] for i in range(0, len(places), at_once)):
+        for key in ((which, x) for place in wave for which, x in enumerate(place)):
+            if key not in held:
+                misses[key[0]] += size[key[0]]
+            held[key] = held.pop(key, size[key[0]])  # to the end
+            while sum(size[which] for which, _ in held) > cache:
+                held.pop(next(iter(held)))
+    return misses
+
+
+def test_hidden_is_read_once_and_the_weight_once_a_group():
+    """8192 rows of 4096, 67 MB, more than the L2. Were all row blocks side by side, each part of
+    the weight would bring hidden from memory again."""
+    h_block, w_part, blocks, parts = 128 * 4096 * 2, 256 * 4096 * 2, 64, 24
+    size = tile.group(blocks, 128, 4096, 2)
+    h, w = read_from_memory(order(blocks, parts, size), h_block, w_part)
+    assert h == blocks * h_block
+    assert w == blocks / size * parts * w_part
+    h, _ = read_from_memory(order(blocks, parts, blocks), h_block, w_part)
+    assert h > 10 * blocks * h_block
