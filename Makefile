@@ -16,8 +16,8 @@ ARGS ?=
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,parity interpreter autograd compile \
-  reliability regressions truncated_logprobs gaussian_action costate_scan linear_rollout \
-  noisy_embedding linear_divergence linear_quadratic costate_term linear_grad))
+  gpu_loss linear_grad reliability regressions truncated_logprobs gaussian_action costate_scan \
+  linear_rollout noisy_embedding linear_divergence linear_quadratic costate_term))
 GATES := tests/test_gate_triton.py tests/test_gate_cuda.py
 
 # A stamp is named by what it stands for, so that a change of content, and only that, makes it old.

@@ -36,7 +36,7 @@ void launch(Launcher launcher, const Args& args, const Tensor& on) {
 #ifndef VG_EMULATED
   torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "vgkern: this torch has no CUDA");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
 #endif
   const int error = launcher(&args, stream);
   STD_TORCH_CHECK(error == 0, "vgkern: CUDA error ", error, " at launch");
@@ -123,6 +123,34 @@ void row_grad(const Tensor& logits, const OptTensor& bias, const OptTensor& targ
   a.tau = float(tau);
   a.expected = expected;
   launch(vg_row_grad, a, logits);
+}
+
+void row_policy(const Tensor& logits, const OptTensor& bias, const Tensor& targets,
+                const Tensor& advantages, const Tensor& weight, const OptTensor& old_logp,
+                const OptTensor& ref_logp, const OptTensor& sampler_logp, Tensor logp,
+                Tensor entropy, OptTensor power, double temperature, double softcap,
+                int64_t ignore_index, std::vector<double> objective, OptTensor out) {
+  STD_TORCH_CHECK(objective.size() == 20, "vgkern: an objective is 20 numbers");
+  RowPolicyArgs a{Objective(objective)};
+  STD_TORCH_CHECK(a.objective.row_local(), "vgkern: this objective needs whole sequences");
+  a.logits = matrix(logits, "logits");
+  const int64_t n = a.logits.rows, v = a.logits.columns;
+  if (out) {
+    a.out = matrix(*out, "out");
+    STD_TORCH_CHECK(a.out.rows == n && a.out.columns == v, "vgkern: out must have logits' shape");
+  }
+  a.scale = scale_of(bias, v, temperature, softcap);
+  a.targets = rows<int64_t>(targets, n, "targets");
+  a.ignore_index = ignore_index;
+  a.advantages = rows<float>(advantages, n, "advantages");
+  a.weight = rows<float>(weight, n, "row_weight");
+  a.old_logp = rows<float>(old_logp, n, "old_logp");
+  a.ref_logp = rows<float>(ref_logp, n, "ref_logp");
+  a.sampler_logp = rows<float>(sampler_logp, n, "sampler_logp");
+  a.logp = rows<float>(logp, n, "logp");
+  a.entropy = rows<float>(entropy, n, "entropy");
+  a.power = rows<float>(power, n, "power");
+  launch(vg_row_policy, a, logits);
 }
 
 void row_sample(const Tensor& logits, const OptTensor& bias, int64_t seed, const Tensor& sequence,
@@ -345,6 +373,11 @@ STABLE_TORCH_LIBRARY(vgkern_launch, m) {
       "Tensor? position, float tau, bool expected, float temperature, float softcap, "
       "int ignore_index, Tensor(a!) out) -> ()");
   m.def(
+      "row_policy(Tensor logits, Tensor? bias, Tensor targets, Tensor advantages, "
+      "Tensor row_weight, Tensor? old_logp, Tensor? ref_logp, Tensor? sampler_logp, "
+      "Tensor(a!) logp, Tensor(b!) entropy, Tensor(c!)? power, float temperature, "
+      "float softcap, int ignore_index, float[] objective, Tensor(d!)? out) -> ()");
+  m.def(
       "row_sample(Tensor logits, Tensor? bias, int seed, Tensor sequence, Tensor position, "
       "Tensor temperature, float softcap, Tensor cut, Tensor(a!) token) -> ()");
   m.def(
@@ -386,6 +419,7 @@ STABLE_TORCH_LIBRARY_IMPL(vgkern_launch, CUDA, m) {
 #endif
   m.impl("row_stats", TORCH_BOX(&row_stats));
   m.impl("row_grad", TORCH_BOX(&row_grad));
+  m.impl("row_policy", TORCH_BOX(&row_policy));
   m.impl("row_sample", TORCH_BOX(&row_sample));
   m.impl("row_cut", TORCH_BOX(&row_cut));
   m.impl("row_kept_stats", TORCH_BOX(&row_kept_stats));

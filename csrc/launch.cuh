@@ -38,7 +38,7 @@ struct RowStatsArgs {
 };
 
 struct RowGradArgs {
-  Matrix logits, out;  // [N, V]; out may be logits
+  Matrix logits, out;  // [N, V]; out may be logits, or 16-bit rows at the starts of fp32 ones
   Scale scale;
   const int64_t* targets;  // [N]
   int64_t ignore_index;
@@ -49,6 +49,18 @@ struct RowGradArgs {
   NoiseRows noise;  // of the sampled token, for u
   float tau;
   int expected;  // q = softmax(z) instead of softmax((z + g) / tau)
+};
+
+// Statistics, the loss of a row's token, and the gradient of its logits: row-local objectives.
+struct RowPolicyArgs {
+  Objective objective;
+  Matrix logits, out;  // [N, V]; out as for RowGradArgs; without data: no gradient
+  Scale scale;
+  const int64_t* targets;  // [N]
+  int64_t ignore_index;
+  const float *advantages, *weight, *old_logp, *ref_logp, *sampler_logp;  // [N]; null: none
+  float *logp, *entropy;                                                  // [N]
+  float* power;  // [N]: what fp16 gradients are multiplied by; null: nothing
 };
 
 struct RowSampleArgs {
@@ -147,6 +159,7 @@ int vg_gaussian_action(const GaussianActionArgs*, void* stream);
 int vg_recurrence(const RecurrenceArgs*, void* stream);
 int vg_row_stats(const RowStatsArgs*, void* stream);
 int vg_row_grad(const RowGradArgs*, void* stream);
+int vg_row_policy(const RowPolicyArgs*, void* stream);
 int vg_row_sample(const RowSampleArgs*, void* stream);
 int vg_row_cut(const RowTruncatedArgs*, void* stream);
 int vg_row_kept_stats(const RowTruncatedArgs*, void* stream);

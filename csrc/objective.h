@@ -265,7 +265,15 @@ VG_HD inline float ratio_share(const Token& t, const Sequence& seq, const Object
   return free ? seq.inverse_length : 0.f;
 }
 
-// Sums and extremes over rows, in the order of vgkern.ops.policy_loss.COUNTS. ---------------------
+// What rows are counted for, in the order of vgkern.ops.policy_loss.COUNTS. -----------------------
+
+// From sums to shares and means of the active rows; extremes are 1 where there are
+// none. In fp32, as every backend does it.
+VG_HD inline void finish_counts(float* o) {
+  const float n = at_least(o[1], 1.f);
+  for (int i = 2; i < 8; ++i) o[i] /= n;
+  if (!(o[1] > 0.f)) o[8] = o[9] = 1.f;
+}
 
 struct Counts {
   double tokens = 0, active = 0, low = 0, high = 0, dual = 0, kl = 0, entropy = 0, ratio = 0;
@@ -302,6 +310,7 @@ struct Counts {
     const double v[kSize] = {tokens,  active, low,       high,      dual,    kl,
                              entropy, ratio,  ratio_min, ratio_max, clamped, gap};
     for (int i = 0; i < kSize; ++i) o[i] = float(v[i]);
+    finish_counts(o);
   }
 };
 

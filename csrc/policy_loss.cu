@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(32) policy_totals_kernel(PolicyTotalsArgs a) {
     *a.loss = float(n.of[kLoss]);
 #pragma unroll
     for (int k = 0; k < Counts::kSize; ++k) a.counts[k] = float(n.of[k]);
+    finish_counts(a.counts);
   }
 }
 

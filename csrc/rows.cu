@@ -84,14 +84,15 @@ VG_DEVICE void perturb(float (&z)[N], int64_t v, const NoiseRow& noise, const Ro
   }
 }
 
-template <class T, class Out>
-__global__ void __launch_bounds__(kMaxThreads) row_grad_kernel(RowGradArgs a) {
+template <class T, class Out>  // one block: of itself ptxas takes 64 registers, and spills
+__global__ void __launch_bounds__(kMaxThreads, 1) row_grad_kernel(RowGradArgs a) {
   constexpr int C = 4;  // columns at a time: one word of noise each
   VG_SHARED(Slots<Weighted>, shared);
   const int64_t vocab = a.logits.columns, step = int64_t(blockDim.x) * C;
   const float it = a.scale.inv_temperature, inv_tau = a.expected ? 1.f : 1.f / a.tau;
+  const bool in_place = over(a.logits, a.out);
   for (int64_t i = blockIdx.x; i < a.logits.rows; i += gridDim.x) {
-    // No __restrict__: `out` may be `logits`; a thread writes only the columns that it alone reads.
+    // No __restrict__: `out` may be `logits`.
     const T* row = static_cast<const T*>(a.logits.data) + i * a.logits.stride;
     Out* out = static_cast<Out*>(a.out.data) + i * a.out.stride;
     const int64_t y = a.targets ? a.targets[i] : vocab;
@@ -128,10 +129,9 @@ __global__ void __launch_bounds__(kMaxThreads) row_grad_kernel(RowGradArgs a) {
       q = block_reduce(q, Weighted(), shared.get());
     }
     const float mean = q.dot / q.sum, per = inv_tau / q.sum;
-    const float lse = a.lse ? a.lse[i] : 0.f;
-    const float base = -c - e * entropy;
-    const float own = c * -expm1f(logp) - (e == 0.f ? 0.f : e * expf(logp) * (logp + entropy));
-    for (int64_t v = int64_t(threadIdx.x) * C; v < vocab; v += step) {
+    const RowGradient gradient(c, e, logp, entropy, a.lse ? a.lse[i] : 0.f);
+    for (int64_t first = 0; first < vocab; first += step) {  // as often for every thread
+      const int64_t v = first + int64_t(threadIdx.x) * C;
       float z[C], slope[C], w[C], dz[C];
       load_columns(row, v, vocab, -kInf, z);
       if (u) load_columns(u, v, vocab, 0.f, w);
@@ -139,10 +139,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_grad_kernel(RowGradArgs a) {
       for (int j = 0; j < C; ++j) {
         slope[j] = 1.f;
         if (v + j < vocab) z[j] = scaled(z[j], v + j, a.scale, it, slope[j]);
-        const float d = z[j] - lse;
-        // p (a + b log p); a blocked id has none
-        dz[j] = policy && z[j] != -kInf ? expf(d) * (base - (e == 0.f ? 0.f : e * d)) : 0.f;
-        if (v + j == y && policy) dz[j] = own;
+        dz[j] = policy ? gradient.at(z[j], v + j == y) : 0.f;
       }
       if (u) {
         perturb(z, v, noise, a, inv_tau);
@@ -152,6 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads) row_grad_kernel(RowGradArgs a) {
       }
 #pragma unroll
       for (int j = 0; j < C; ++j) dz[j] *= it * slope[j];
+      if (in_place) __syncthreads();
       store_columns(out, v, vocab, dz);
     }
   }

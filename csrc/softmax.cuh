@@ -80,6 +80,26 @@ VG_DEVICE RowStats finish(const Softmax& s, float target) {
   return r;
 }
 
+// The gradient of a row's logits from c = dl/dlogp and e = dl/dentropy, before the slopes:
+// c (onehot - p) - e p (log p + entropy)
+struct RowGradient {
+  float e, base, own, lse;
+  VG_DEVICE RowGradient(float c, float e, float logp, float entropy, float lse)
+      : e(e), base(-c - e * entropy),
+        own(c * -expm1f(logp) - (e == 0.f ? 0.f : e * expf(logp) * (logp + entropy))), lse(lse) {}
+  VG_DEVICE float at(float z, bool target) const {  // p (base - e log p); a blocked id has none
+    if (target) return own;
+    const float d = z - lse;
+    return z == -kInf ? 0.f : expf(d) * (base - (e == 0.f ? 0.f : e * d));
+  }
+};
+
+// Is a row of `out` made in the place of its own, wider row of logits? Then a store of columns
+// overwrites others that lie before them, so that all threads must have read up to here.
+VG_DEVICE bool over(const Matrix& logits, const Matrix& out) {
+  return logits.data == out.data && out.dtype != logits.dtype;
+}
+
 // The target is elsewhere (another shard of the vocabulary): `s` is over all ids here.
 VG_DEVICE RowStats finish_elsewhere(const Softmax& s) {
   if (s.sum != s.sum || s.max == kInf) return {nan_value(), nan_value(), nan_value()};

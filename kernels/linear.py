@@ -1,43 +1,60 @@
 """What the linear_* launchers share: fp32 logits a chunk of rows at a time, and their gradients.
 
 GEMMs are the vendor's. The [chunk, V] block of logits is fp32 from the GEMM itself; 16-bit inputs
-have the gradient of the logits, and so the operands of the backward GEMMs, in 16 bits, and every
-product and sum in fp32. Every row costs its GEMMs, that of u = E lambda for a row without a costate
-included: to compact the live ones, or to skip a chunk of dead ones, takes their count on the host,
-and so a sync. In fp16 each row of the gradient has a power of two of its own, so that one large row
-does not push the others below fp16: dh takes it off again, the rows of h in dW carry its inverse.
+have the gradient of the logits, and so the operands of the backward GEMMs, in 16 bits, written over
+the fp32 row that it comes from, and every product and sum in fp32. The head's gradient is summed by
+its products (beta = 1): no [V, H] but the sum itself, and no pass over it. In fp16 each row of the
+gradient has a power of two of its own, so that one large row does not push the others below fp16:
+dh takes it off again, the rows of h in dW carry its inverse.
 """
 
 import torch
 
-LOGITS_BYTES = 256 << 20  # of a [chunk, V] fp32 block
+from .memory import chunks
+
+__all__ = ["Costates", "Grads", "added32", "beside", "chunks", "clean", "mm32", "over"]
+
 NO_COSTATE = -1  # the sequence of a row without one
 FP16_SCALE = 256.0  # the largest coefficient of a row, where dz would leave fp16's range
 FP16_SHARE = 2.0**14  # the largest h, over its row's scale, in dW: 28 binades above the subnormals
 
 
-def mm32(a, b):
-    """a @ b in fp32, from fp32 or 16-bit operands."""
+def mm32(a, b, out=None):
+    """a @ b in fp32, from fp32 or 16-bit operands; into `out` where it is given."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32:
-            return torch.mm(a, b)
+            return torch.mm(a, b, out=out)
         if a.is_cuda:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.mm(a.float(), b.float())
+            return torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return torch.mm(a.float(), b.float(), out=out)
+
+
+def added32(total, a, b):
+    """total += a @ b, by the product itself; total fp32, a and b fp32 or 16-bit."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype != torch.float32:
+            return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return total.addmm_(a.float(), b.float())
+
+
+def clean(x, live):
+    """x with zeros in its rows that are not `live`: 0 times what they hold may be NaN in dW."""
+    return x.masked_fill(~live[:, None], 0)
+
+
+def beside(logits, dtype):
+    """Where the gradient of these logits goes: over them, or 16-bit."""
+    return logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+
+
+def over(logits, dtype):
+    """[R, V] of `dtype` over the rows of an fp32 block: each at the start of its own row."""
+    return logits if dtype == torch.float32 else logits.view(dtype)[:, : logits.shape[1]]
 
 
 def power(most, x):
     """The power of two, so that nothing is rounded by it, that takes x to `most` or just below."""
     return torch.exp2(torch.floor(torch.log2(most / x.clamp(min=1e-30))))
-
-
-def chunks(count, vocab):
-    """Slices of `count` rows, of equal lengths within the byte budget."""
-    most = max(LOGITS_BYTES // (4 * vocab), 1)
-    most = most // 128 * 128 or most
-    parts = max(-(-count // most), 1)
-    step = max(-(-count // parts), 1)
-    return [slice(at, min(at + step, count)) for at in range(0, count, step)]
 
 
 def shared(dz, h, scale):
@@ -80,7 +97,9 @@ class Costates:
 
 
 class Grads:
-    """dhidden, dweight and dbias of a head, summed in fp32 over chunks of rows."""
+    """dhidden, dweight and dbias of a head, summed in fp32 over chunks of rows.
+
+    `hidden` is finite in the rows that have no gradient (`clean`) where dweight is needed."""
 
     def __init__(self, hidden, weight, bias, needs, temperature, softcap, ignore_index, rows):
         self.hidden, self.weight, self.bias, self.needs = hidden, weight, bias, needs
@@ -91,10 +110,8 @@ class Grads:
 
     def add(self, part, logits, targets, logp, entropy, lse, c, e, costates=None):
         """The rows `part`, from their logits (overwritten) and statistics, each [chunk]."""
-        live = None if c is None else (c != 0) | (e != 0)
         u, factor, noise, largest = None, None, (0, None, None, 1.0, False), None
         if costates is not None:
-            live = costates.live[part] if live is None else live | costates.live[part]
             u, factor, noise = costates.pulled(part)
             if self.hidden.dtype == torch.float16:
                 largest = costates.largest(part, u, factor)
@@ -104,14 +121,9 @@ class Grads:
                 u = u if by is None else u.mul_(by[:, None])
         dz = self.rows.row_grad(
             logits, self.bias, targets, logp, entropy, lse, c, e, u, *noise, *self.scalars,
-            self.place(logits)
+            over(logits, self.hidden.dtype)
         )  # fmt: skip
-        self.products(part, dz, live, scale)
-
-    def place(self, logits):
-        """Where the gradient of these logits goes: over them, or 16-bit."""
-        dtype = self.hidden.dtype
-        return logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+        self.products(part, dz, scale)
 
     def scaled(self, c, e, times=1.0, also=None):
         """(c, e, scale [chunk]): fp16 coefficients `times` what else multiplies them, within its
@@ -123,16 +135,22 @@ class Grads:
         scale = power(FP16_SCALE, torch.stack(found).amax(0) * times)
         return *(x if x is None else x * scale for x in (c, e)), scale
 
-    def products(self, part, dz, live, scale=None):
-        """dh = dz W, dW += dz^T h, db += sum dz; `live` rows only: the others may hold NaN. Rows of
-        dz come times their `scale`, powers of two."""
+    def products(self, part, dz, scale=None):
+        """dh = dz W, dW += dz^T h, db += sum dz. Rows of dz come times their `scale`, powers of
+        two."""
         if self.needs[0]:
-            dh = mm32(dz, self.weight)
-            self.dhidden[part] = dh if scale is None else dh / scale[:, None]
+            dh = mm32(dz, self.weight, self.dhidden[part])
+            if scale is not None:
+                dh.div_(scale[:, None])
         if self.needs[1]:
-            h = self.hidden[part].masked_fill(~live[:, None], 0)
-            dw = mm32(dz.t(), h) if scale is None else shared(dz, h, scale)
-            self.dweight = dw if self.dweight is None else self.dweight.add_(dw)
+            h = self.hidden[part]
+            if scale is not None:
+                dw = shared(dz, h, scale)
+                self.dweight = dw if self.dweight is None else self.dweight.add_(dw)
+            elif self.dweight is None:
+                self.dweight = mm32(dz.t(), h)
+            else:
+                added32(self.dweight, dz.t(), h)
         if self.needs[2]:
             ones = dz.new_ones(()).expand(dz.shape[0], 1)
             db = dz.sum(0, dtype=torch.float32) if scale is None else shared(dz, ones, scale)[:, 0]

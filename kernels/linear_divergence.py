@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from . import linear
+from . import linear, live, memory
 from . import rows as row_kernels
 from .logits import INF, added, finish, launch, raised, softcapped
 
@@ -20,6 +20,7 @@ REVERSE_KL = tl.constexpr(1)
 JSD = tl.constexpr(2)
 
 
+@memory.says
 def linear_divergence_fwd(
     hidden,  # [N, H]
     weight,  # [V, H]
@@ -32,9 +33,13 @@ def linear_divergence_fwd(
     teacher_softcap,
 ):
     """divergence, entropy, lse, teacher_lse, inner, each fp32 [N]; 0 where masked."""
-    count, vocab = hidden.shape[0], weight.shape[0]
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    kept = live.kept(hidden, vocab, row_mask)
+    mine = (live.taken(x, kept) for x in (hidden, teacher_hidden, row_mask))
+    hidden, teacher_hidden, row_mask = mine
+    count = hidden.shape[0]
     out = torch.empty(5, count, dtype=torch.float32, device=hidden.device)
-    for part in linear.chunks(count, 2 * vocab):
+    for part in linear.chunks(count, 2 * vocab, hidden.device):
         z = linear.mm32(hidden[part], weight.t())
         t = linear.mm32(teacher_hidden[part], teacher_weight.t())
         with torch.cuda.device_of(z):
@@ -43,9 +48,10 @@ def linear_divergence_fwd(
                 teacher_softcap, KIND=kind, SOFTCAP=softcap != 0, T_SOFTCAP=teacher_softcap != 0,
                 **launch(vocab, per_thread=8)
             )  # fmt: skip
-    return tuple(x.clone() for x in out)
+    return tuple(x.clone() if kept is None else live.spread(x, kept, rows) for x in out)
 
 
+@memory.says
 def linear_divergence_bwd(
     hidden,
     weight,
@@ -66,28 +72,37 @@ def linear_divergence_bwd(
     needs,  # of hidden and weight
 ):
     vocab = weight.shape[0]
+    dead = ~row_mask | (divergence == torch.inf)
+    c, e = (g.masked_fill(dead, 0) for g in (ddivergence, dentropy))
+    count, alive = hidden.shape[0], (c != 0) | (e != 0)
+    kept = live.kept(hidden, vocab, alive) if any(needs) else None
+    hidden, teacher_hidden, divergence, lse, teacher_lse, c, e, dead, alive = (
+        live.taken(x, kept)
+        for x in (hidden, teacher_hidden, divergence, lse, teacher_lse, c, e, dead, alive)
+    )
+    if needs[1]:
+        hidden = linear.clean(hidden, alive)
     grads = linear.Grads(
         hidden, weight, None, [*needs, False], temperature, 0.0, -100, row_kernels
     )  # fmt: skip
     if any(needs):
-        dead = ~row_mask | (divergence == torch.inf)
-        c, e = (g.masked_fill(dead, 0) for g in (ddivergence, dentropy))
         steep = torch.full_like(divergence, 1 / temperature)
         if kind == 1:  # |p (log p - log q - KL)| <= 1 + 2 KL
             steep = steep * (1 + 2 * divergence.masked_fill(dead, 0))
-        for part in linear.chunks(hidden.shape[0], 2 * vocab):
+        for part in linear.chunks(hidden.shape[0], 2 * vocab, hidden.device):
             z = linear.mm32(hidden[part], weight.t())
             t = linear.mm32(teacher_hidden[part], teacher_weight.t())
             ci, ei, scale = grads.scaled(c[part], e[part], steep[part])
-            out = grads.place(z)
+            out = linear.beside(z, hidden.dtype)
             with torch.cuda.device_of(z):
                 _divergence_grad_kernel[(z.shape[0],)](
                     z, t, lse[part], teacher_lse[part], ci, ei, out, vocab, 1 / temperature,
                     softcap, teacher_softcap, KIND=kind, SOFTCAP=softcap != 0,
                     T_SOFTCAP=teacher_softcap != 0, **launch(vocab, per_thread=8)
                 )  # fmt: skip
-            grads.products(part, out, (ci != 0) | (ei != 0), scale)
-    return grads.finish(as_input=True)[:2]
+            grads.products(part, out, scale)
+    dhidden, dweight, _ = grads.finish(as_input=True)
+    return (live.spread(dhidden, kept, count) if needs[0] else dhidden), dweight
 
 
 @triton.jit

@@ -33,7 +33,7 @@ def linear_sample_fwd(
             top_p,
             min_p,
         )
-        for part in linear.chunks(hidden.shape[0], weight.shape[0])
+        for part in linear.chunks(hidden.shape[0], weight.shape[0], hidden.device)
     ]
     if not parts:
         empty = hidden.new_empty(0, dtype=torch.float32)

@@ -11,13 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from . import linear, tile
+from . import linear, live, memory, tile
 from . import rows as row_kernels
 from .logits import INF, finish, flat, raised
 
 SPAN = 1024  # columns per program, a multiple of every tile's N
 
 
+@memory.says
 def linear_logprobs_fwd(
     hidden,  # [N, H]
     weight,  # [V, H]
@@ -28,6 +29,17 @@ def linear_logprobs_fwd(
     ignore_index,
     rows=row_kernels,
 ):
+    count = hidden.shape[0]
+    kept = live.kept(hidden, weight.shape[0], targets != ignore_index)
+    hidden, targets = live.taken(hidden, kept), live.taken(targets, kept)
+    head = (hidden, weight, bias, targets, temperature, softcap, ignore_index)
+    return tuple(live.spread(x, kept, count) for x in statistics(*head, rows))
+
+
+def statistics(
+    hidden, weight, bias, targets, temperature, softcap, ignore_index, rows=row_kernels
+):  # fmt: skip
+    """`linear_logprobs_fwd` of all rows."""
     if rows is row_kernels:
         return _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index)
     parts = [
@@ -39,13 +51,14 @@ def linear_logprobs_fwd(
             softcap,
             ignore_index,
         )
-        for part in linear.chunks(hidden.shape[0], weight.shape[0])
+        for part in linear.chunks(hidden.shape[0], weight.shape[0], hidden.device)
     ]
     if not parts:
         return tuple(hidden.new_empty(0, dtype=torch.float32) for _ in range(3))
     return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
+@memory.says
 def linear_logprobs_bwd(
     hidden,
     weight,
@@ -70,20 +83,35 @@ def linear_logprobs_bwd(
     costate_scale=None,  # [] fp32
     rows=row_kernels,
 ):
+    alive = (targets != ignore_index) & (logp != -torch.inf)
+    c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
+    count, alive = hidden.shape[0], (c != 0) | (e != 0)
+    if costate is not None:
+        alive |= (costate != 0).any(-1)
+        costate_scale = costate_scale.expand(count)
+    kept = live.kept(hidden, weight.shape[0], alive) if any(needs) else None
+    hidden, targets, logp, entropy, lse, c, e, alive = (
+        live.taken(x, kept) for x in (hidden, targets, logp, entropy, lse, c, e, alive)
+    )
+    costate, sequence, position, costate_scale = (
+        live.taken(x, kept) for x in (costate, sequence, position, costate_scale)
+    )
+    third = (seed, tau, costate, embedding, sequence, position, costate_scale)
+    costates = None if costate is None else linear.Costates(*third)
+    if needs[1]:
+        hidden = linear.clean(hidden, alive)
     grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, ignore_index, rows)
     if any(needs):
-        alive = (targets != ignore_index) & (logp != -torch.inf)
-        c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
-        third = (seed, tau, costate, embedding, sequence, position, costate_scale)
-        costates = None if costate is None else linear.Costates(*third)
         blocks = 1 if costate is None else 2
-        for part in linear.chunks(hidden.shape[0], blocks * weight.shape[0]):
+        for part in linear.chunks(hidden.shape[0], blocks * weight.shape[0], hidden.device):
             logits = linear.mm32(hidden[part], weight.t())
             stats = (x[part] for x in (targets, logp, entropy, lse, c, e))
             grads.add(part, logits, *stats, costates)
-    return grads.finish(as_input=True, fp32_dhidden=fp32_dhidden)
+    dhidden, *others = grads.finish(as_input=True, fp32_dhidden=fp32_dhidden)
+    return (live.spread(dhidden, kept, count) if needs[0] else dhidden), *others
 
 
+@memory.says
 def linear_truncated_logprobs_fwd(
     hidden,
     weight,
@@ -109,13 +137,14 @@ def linear_truncated_logprobs_fwd(
             top_p,
             min_p,
         )
-        for part in linear.chunks(hidden.shape[0], weight.shape[0])
+        for part in linear.chunks(hidden.shape[0], weight.shape[0], hidden.device)
     ]
     if not parts:
         return tuple(hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
+@memory.says
 def linear_truncated_logprobs_bwd(
     hidden,
     weight,
@@ -132,22 +161,24 @@ def linear_truncated_logprobs_bwd(
     needs,
     rows=row_kernels,
 ):
+    vocab = weight.shape[0]
+    alive = (targets != ignore_index) & (targets >= 0) & (targets < vocab) & (temperature != 0)
+    alive &= (dlogp != 0) | (dentropy != 0)
+    if needs[1]:
+        hidden = linear.clean(hidden, alive)
     grads = linear.Grads(hidden, weight, bias, needs, 1.0, softcap, ignore_index, rows)
     if any(needs):
-        vocab = weight.shape[0]
-        alive = (targets != ignore_index) & (targets >= 0) & (targets < vocab) & (temperature != 0)
-        alive &= (dlogp != 0) | (dentropy != 0)
         y = targets.where(alive, ignore_index)  # what has no gradient is not looked at
         c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
         steep = (1 / temperature).where(alive, 0)
-        for part in linear.chunks(hidden.shape[0], vocab):
+        for part in linear.chunks(hidden.shape[0], vocab, hidden.device):
             logits = linear.mm32(hidden[part], weight.t())
             *scaled, scale = grads.scaled(c[part], e[part], steep[part])
             dz = rows.row_truncated_grad(
                 logits, bias, y[part], *scaled, temperature[part], softcap, ignore_index, top_k,
-                top_p, min_p, grads.place(logits)
+                top_p, min_p, linear.beside(logits, hidden.dtype)
             )  # fmt: skip
-            grads.products(part, dz, alive[part], scale)
+            grads.products(part, dz, scale)
     return grads.finish(as_input=True)
 
 

@@ -10,6 +10,7 @@ from triton.language.extra import libdevice
 
 INF = tl.constexpr(float("inf"))
 MAX_BLOCK = 4096  # columns at a time
+LANES = tl.constexpr(4)  # neighbouring columns of one thread, which share a running maximum
 
 
 def launch(columns, per_thread=16, most=MAX_BLOCK):
@@ -64,9 +65,11 @@ def added(z, top, total, dot):
 
 @triton.jit
 def no_columns(BLOCK: tl.constexpr):
-    """(top, total, dot, target): the running statistics of a row of which nothing is read yet."""
-    zero = tl.zeros([BLOCK], tl.float32)
-    return tl.full([], -INF, tl.float32), zero, zero, zero
+    """(top, total, dot, target): the running statistics of a row of which nothing is read yet, one
+    each for LANES neighbouring columns, so that no block of columns waits for a sum over threads.
+    """
+    zero = tl.zeros([BLOCK // LANES], tl.float32)
+    return zero - INF, zero, zero, tl.zeros([BLOCK], tl.float32)
 
 
 @triton.jit
@@ -75,18 +78,27 @@ def with_columns(stats, z, cols, y):
     top, total, dot, target = stats
     target = tl.where(cols == y, z, target)
     z = tl.where(cols == y, -INF, z)
-    peak = tl.maximum(top, tl.max(z, 0))
+    z = tl.reshape(z, [z.shape[0] // LANES, LANES])
+    peak = tl.maximum(top, tl.max(z, 1))
     total, dot = raised(top, peak, total, dot)
-    total, dot = added(z, peak, total, dot)
-    return peak, total, dot, target
+    none = tl.zeros(z.shape, tl.float32)
+    p, pd = added(z, peak[:, None], none, none)
+    return peak, total + tl.sum(p, 1), dot + tl.sum(pd, 1), target
+
+
+@triton.jit
+def finished(stats, here):
+    """(logp, entropy, lse) that they end as."""
+    top, total, dot, target = stats
+    peak = tl.max(top, 0)
+    total, dot = raised(top, peak, total, dot)
+    return finish(tl.sum(target, 0), peak, tl.sum(total, 0), tl.sum(dot, 0), here)
 
 
 @triton.jit
 def store_stats(logp, entropy, lse, i, stats, here):
     """What they end as, to row i of three vectors."""
-    top, total, dot, target = stats
-    target, total, dot = tl.sum(target, 0), tl.sum(total, 0), tl.sum(dot, 0)
-    lp, ent, log_z = finish(target, top, total, dot, here)
+    lp, ent, log_z = finished(stats, here)
     tl.store(logp + i, lp)
     tl.store(entropy + i, ent)
     tl.store(lse + i, log_z)

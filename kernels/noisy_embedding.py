@@ -9,10 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import linear
+from . import linear, memory
+from . import live as live_rows
 from . import rows as row_kernels
 
 
+@memory.says
 def noisy_embedding_bwd(
     hidden,  # [N, H]
     weight,  # [V, H]
@@ -31,18 +33,25 @@ def noisy_embedding_bwd(
     rows=row_kernels,
 ):
     live = (dx != 0).any(-1)
-    grads = linear.Grads(hidden, weight, bias, needs[:3], temperature, softcap, -100, rows)
+    kept = live_rows.kept(hidden, weight.shape[0], live) if any(needs[:3]) else None
+    mine = (live_rows.taken(x, kept) for x in (hidden, dx, sequence, position, live))
+    h, lam, sequence, position, there = mine
+    h = linear.clean(h, there) if needs[1] else h
+    grads = linear.Grads(h, weight, bias, needs[:3], temperature, softcap, -100, rows)
     if any(needs[:3]):
         one = torch.ones((), device=hidden.device)
         noise = (None, None) if expected else (sequence, position)
-        costates = linear.Costates(seed, tau, dx, embedding, *noise, one)
-        for part in linear.chunks(hidden.shape[0], 2 * weight.shape[0]):
-            logits = linear.mm32(hidden[part], weight.t())
+        costates = linear.Costates(seed, tau, lam, embedding, *noise, one)
+        for part in linear.chunks(h.shape[0], 2 * weight.shape[0], hidden.device):
+            logits = linear.mm32(h[part], weight.t())
             grads.add(part, logits, None, None, None, None, None, None, costates)
     table = embedding.new_empty(0)
     if needs[3]:
         table = getattr(rows, "table_grad", _table_grad)(embedding, tokens, dx, live)
-    return (*grads.finish(as_input=True), table)
+    dhidden, *others = grads.finish(as_input=True)
+    if needs[0]:
+        dhidden = live_rows.spread(dhidden, kept, hidden.shape[0])
+    return dhidden, *others, table
 
 
 def _table_grad(embedding, tokens, dx, live):

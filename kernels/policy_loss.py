@@ -1,8 +1,7 @@
 """policy_loss: loss, gradients and counts in one kernel, over blocks of tokens where the objective
 is row-local, and with one program per sequence where it is not.
 
-Every program leaves one row of sums and extremes; torch puts the rows together in fp64, on the
-device.
+Every program leaves one row of sums and extremes; one more puts the rows together in fp64.
 """
 
 import torch
@@ -40,7 +39,7 @@ def policy_loss_fwd(
 ):
     rows = (logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy)
     dlogp, dentropy, partial = policy_terms(*rows, packed)
-    loss, counts = totals([partial])
+    loss, counts = totals(partial)
     return loss, dlogp, dentropy, counts
 
 
@@ -69,13 +68,47 @@ def policy_terms(
     return dlogp, dentropy, partial
 
 
-def totals(partials):
-    """(loss, counts) of all programs' rows."""
-    p = torch.cat(partials).double()
-    total = p.sum(0)
-    parts = (total[1:MIN], p[:, MIN].amin(0, True), p[:, MAX].amax(0, True))
-    counts = torch.cat([*parts, total[CLAMPED:GAP], p[:, GAP].amax(0, True)])
-    return total[0].float(), counts.float()
+def totals(partial):
+    """(loss, counts) of all programs' rows [P, SIZE]."""
+    loss = torch.empty((), dtype=torch.float32, device=partial.device)
+    counts = torch.empty(SIZE - 1, dtype=torch.float32, device=partial.device)
+    with torch.cuda.device_of(partial):
+        _totals_kernel[(1,)](
+            partial, partial.shape[0], loss, counts, ROWS=64, num_warps=4, enable_fp_fusion=True
+        )  # fmt: skip
+    return loss, counts
+
+
+@triton.jit(do_not_specialize=["P"])
+def _totals_kernel(partial, P, loss, counts, ROWS: tl.constexpr):
+    j = tl.arange(0, 16)
+    total = tl.zeros([ROWS, 16], tl.float64)
+    least = tl.full([ROWS, 16], INF, tl.float32)
+    most = tl.full([ROWS, 16], -INF, tl.float32)
+    for start in range(0, P, ROWS):
+        r = start + tl.arange(0, ROWS)
+        there = (r < P)[:, None] & (j < 13)[None, :]
+        x = tl.load(partial + r[:, None] * 13 + j[None, :], mask=there, other=0.0)
+        total += x.to(tl.float64)
+        # a NaN stays, whatever follows it
+        least = tl.where(there & ((x < least) | (x != x)), x, least)
+        most = tl.where(there & ((x > most) | (x != x)), x, most)
+    value = tl.sum(total, 0).to(tl.float32)
+    value = tl.where(j == 9, lowest(least), value)
+    value = tl.where((j == 10) | (j == 12), -lowest(-most), value)
+    # shares and means of the active rows, and extremes that are 1 where there are none
+    active = tl.sum(tl.where(j == 2, value, 0.0), 0)
+    value = tl.where((j >= 3) & (j <= 8), value / tl.maximum(active, 1.0), value)
+    value = tl.where(((j == 9) | (j == 10)) & (active <= 0), 1.0, value)
+    tl.store(loss + j, value, mask=j == 0)
+    tl.store(counts + j - 1, value, mask=(j > 0) & (j < 13))
+
+
+@triton.jit
+def lowest(x):
+    """The least of each column; NaN where there is one."""
+    sick = tl.max((x != x).to(tl.int32), 0) != 0
+    return tl.where(sick, float("nan"), tl.min(tl.where(x != x, INF, x), 0))
 
 
 @triton.jit

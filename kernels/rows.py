@@ -20,10 +20,18 @@ from .logits import (
     store_stats,
     with_columns,
 )
+from .row_policy import row_policy
 from .row_sample import row_sample
 from .row_truncated import row_truncated, row_truncated_grad
 
-__all__ = ["row_grad", "row_sample", "row_stats", "row_truncated", "row_truncated_grad"]
+__all__ = [
+    "row_grad",
+    "row_policy",
+    "row_sample",
+    "row_stats",
+    "row_truncated",
+    "row_truncated_grad",
+]
 
 
 def row_stats(logits, bias, targets, temperature, softcap, ignore_index):
@@ -63,7 +71,7 @@ def row_grad(
     temperature,
     softcap,
     ignore_index,
-    out,  # [R, V]; may be `logits`
+    out,  # [R, V]; may be `logits`, or 16-bit rows that start where those of fp32 logits do
 ):
     """The gradient of each row's logits, written to `out`:
 
@@ -220,6 +228,9 @@ def _row_grad_kernel(
                     ub = tl.load(u_row + cols, mask=cols < V, other=0.0).to(tl.float32)
                     dz += weight * tl.exp(z - anchor) * ((ub - base) - inner)
             dz *= slope * scale
+            # 16-bit rows are made over their own fp32 rows: a store reaches only columns that are
+            # read, once all threads have read this block
+            tl.debug_barrier()
             tl.store(out_row + cols, dz.to(out.dtype.element_ty), mask=cols < V)
     else:
         zero = tl.zeros([BLOCK], out.dtype.element_ty)

@@ -22,6 +22,7 @@ from vgkern.kernels import (
     linear,
     linear_token_logprobs,
     logits,
+    memory,
     objective,
     policy_loss,
     rows,
@@ -325,7 +326,7 @@ def test_truncation_is_exact_on_ties():
 def test_chunks_of_rows_add_up(dtype, monkeypatch):
     """The same gradients from one chunk of rows and from many; rows that are dead may hold NaN."""
     case = cases.by_name("linear_policy_loss-full-bias")
-    monkeypatch.setattr(linear, "LOGITS_BYTES", 4 * 1035 * 7)
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 4 * 1035 * 7)
     check(case, "triton", dtype)
     g = torch.Generator().manual_seed(4)
     h, w = torch.randn(9, 16, generator=g), torch.randn(50, 16, generator=g).requires_grad_()
@@ -373,7 +374,7 @@ MUTATIONS = {
         _wrapped(lambda f, top, peak, total, dot: (total, dot))),
     "linear_token_logprobs: logits of the backward in bf16": (
         "linear_token_logprobs-h64-v33", linear, "mm32",
-        _wrapped(lambda f, a, b: f(a, b).bfloat16().float())),
+        _wrapped(lambda f, *a: (lambda z: z.copy_(z.bfloat16()))(f(*a)))),
     "group_advantages: another epsilon": (
         "group_advantages-grpo", group_advantages, "STD_EPS", lambda _: {0: 1e-2}),
     "policy_loss: KL weight 1% off": (
@@ -383,8 +384,8 @@ MUTATIONS = {
         "policy_loss-gspo", policy_loss, "ratio_share",
         _wrapped(lambda f, *a: f(*a) * 0.98)),
     "linear_policy_loss: no entropy gradient": (
-        "linear_policy_loss-full-bias", policy_loss, "policy_terms",
-        _wrapped(lambda f, *a: (lambda c, e, p: (c, 0 * e, p))(*f(*a)))),
+        "linear_policy_loss-full-bias", rows, "row_policy",
+        _wrapped(lambda f, *a: f(*a[:-2], [*a[-2][:13], 0.0, *a[-2][14:]], a[-1]))),
     "linear_sample: noise of another seed": (
         "linear_sample-h7-v31", rows, "row_sample",
         _wrapped(lambda f, x, b, seed, *a: f(x, b, seed + 1, *a))),

@@ -139,6 +139,32 @@ def row_grad(
     return out
 
 
+def row_policy(
+    logits: Tensor,  # [R, V] fp32
+    bias: Tensor | None,
+    targets: Tensor,  # [R] int64
+    advantages: Tensor,  # [R] fp32, as are row weight, old, ref and sampler log-probs, or None
+    row_weight: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampler_logp: Tensor | None,
+    logp: Tensor,  # [R] fp32, written, as are entropy and scale
+    entropy: Tensor,
+    scale: Tensor | None,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    objective: list[float],
+    out: Tensor | None,  # [R, V]; may be `logits`, or 16-bit rows over its own
+) -> None:
+    """Statistics and the policy gradient of each row: the contract of kernels/row_policy.py."""
+    given = (targets, advantages, row_weight, old_logp, ref_logp, sampler_logp)
+    torch.ops.vgkern_launch.row_policy(
+        logits, _f32(bias), *(_plain(t) for t in given), logp, entropy, scale, temperature, softcap,
+        ignore_index, objective, out
+    )  # fmt: skip
+
+
 def _f32(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
@@ -198,9 +224,8 @@ def policy_terms(
     return dlogp, dentropy, partial
 
 
-def totals(partials: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(loss, counts) of everything that `policy_terms` was called on."""
-    partial = torch.cat(partials)
+def totals(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, counts) of what `policy_terms` left."""
     loss, counts = (partial.new_empty(s, dtype=torch.float32) for s in ((), (12,)))
     torch.ops.vgkern_launch.policy_totals(partial, loss, counts)
     return loss, counts
@@ -217,15 +242,15 @@ def table_grad(embedding: Tensor, tokens: Tensor, dx: Tensor, live: Tensor) -> T
 
 
 ROWS = SimpleNamespace(
-    row_stats=row_stats, row_grad=row_grad, row_sample=row_sample, row_truncated=row_truncated,
-    row_truncated_grad=row_truncated_grad, policy_terms=policy_terms, totals=totals,
-    table_grad=table_grad
+    row_stats=row_stats, row_grad=row_grad, row_policy=row_policy, row_sample=row_sample,
+    row_truncated=row_truncated, row_truncated_grad=row_truncated_grad, policy_terms=policy_terms,
+    totals=totals, table_grad=table_grad
 )  # fmt: skip
 
 
 def policy_loss_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dlogp, dentropy, partial = policy_terms(*args)
-    loss, counts = totals([partial])
+    loss, counts = totals(partial)
     return loss, dlogp, dentropy, counts
 
 

@@ -117,11 +117,20 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         return (
             None,
             *(
-                g.mul_(dloss).to(x.dtype) if n else None
+                _scaled(g, dloss, x.dtype) if n else None
                 for g, x, n in zip(grads, tensors, ctx.needs_input_grad[1:4], strict=False)
             ),
             *[None] * 7,
         )
+
+
+def _scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * by in `dtype`, rounded once; `grad` is given away."""
+    if torch.compiler.is_compiling():  # the compiler fuses them, and owns what the graph returned
+        return (grad * by).to(dtype)
+    if grad.is_cuda and dtype != grad.dtype:  # one pass over [V, H] instead of two
+        return torch.mul(grad, by, out=torch.empty_like(grad, dtype=dtype))
+    return grad.mul_(by).to(dtype)
 
 
 def _forward(ops: Any, sparse_tol: float) -> Any:
@@ -182,11 +191,12 @@ def linear_policy_loss(
         targets.shape, device, o, advantages, old_logp, ref_logp, sampler_logp, mask, normalizer,
         stats
     )  # fmt: skip
-    live = rows[1] != 0
-    targets = _check.target_range("targets", targets, weight.shape[0], live)
     also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
     chosen = choose(backend, device, hidden.dtype, *also)
-    carried = carried_rows(costate, live, weight)
+    if chosen not in ("triton", "cuda") or not o.row_local or _check.can_look(device):
+        # else the kernels see to it: six launches fewer, where nobody can be told
+        targets = _check.target_range("targets", targets, weight.shape[0], rows[1] != 0)
+    carried = None if costate is None else carried_rows(costate, rows[1] != 0, weight)
     tol = _sparse(sparse_tol, chosen, o)
     if chosen == "torch":
         given = (hidden, weight, bias, targets, rows, o, *scalars)
@@ -199,7 +209,7 @@ def linear_policy_loss(
             chosen, h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs, carried, tol
         )
     else:
-        y, shape = targets.where(live, -100), targets.shape
+        y, shape = targets.where(rows[1] != 0, -100), targets.shape
         logp, entropy, term = scored(chosen, hidden, h2, hw, bias, y, (*scalars, -100), carried)
         _check.no_nan("hidden", logp.detach(), "the log-probability (hidden, weight or bias)")
         out = policy_loss(

@@ -26,7 +26,7 @@ CLAMP = 20.0
 LOW = -1e15  # stands for a log-prob of -inf: its square, and sums over a batch, stay finite
 LOG_TINY = math.log(1e-8)  # VESPO's lower bound of a log-ratio
 K3_MAX = 10.0
-# what the backends count, in the order of their metrics tensor; sums and extremes over active rows
+# what the backends count, in the order of their metrics tensor: `metrics_dict` says what each is
 COUNTS = ("tokens", "active", "clip_low", "clip_high", "dual_clip", "kl", "entropy", "ratio_mean",
           "ratio_min", "ratio_max", "clamped", "sampler_gap")  # fmt: skip
 
@@ -143,8 +143,8 @@ def _count(
     m: Tensor, a: Tensor, own: Tensor, d: Tensor, r: Tensor, kl: Tensor, ent: Tensor, gap: Tensor,
     o: Objective,
 ) -> Tensor:  # fmt: skip
-    """The raw counts of `COUNTS`, detached. Rows with an exactly zero coefficient are not active:
-    the fused op never looks at their logits."""
+    """`COUNTS`, detached. Rows with an exactly zero coefficient are not active: the fused op never
+    looks at their logits."""
     live = m if o.beta or o.entropy_coef else m & (a != 0)
     own, d, r, kl, ent, gap = (t.detach() for t in (own, d, r, kl, ent, gap))
     up, down, lo, hi = a > 0, a < 0, 1 - o.clip_low, 1 + o.clip_high
@@ -160,13 +160,18 @@ def _count(
         low, high = down & (own < -o.clip_low), up & (own > o.clip_high)
     n = live.sum()
     none = (n == 0).to(r.dtype)
-    return torch.stack([
+    found = torch.stack([
         m.sum(), n, (live & low).sum(), (live & high).sum(), (live & dual).sum(),
         kl.where(live, 0).sum(), ent.where(live, 0).sum(), r.where(live, 0).sum(),
         r.where(live, torch.inf).amin() if r.numel() else none,
         r.where(live, -torch.inf).amax() if r.numel() else none,
         (live & (d.abs() > CLAMP)).sum(), gap.where(live, 0).abs().amax() if gap.numel() else none,
     ]).float()  # fmt: skip
+    means = slice(COUNTS.index("clip_low"), COUNTS.index("ratio_min"))
+    extremes = slice(means.stop, means.stop + 2)
+    found[means] /= found[1].clamp(min=1)
+    found[extremes] = found[extremes].where(found[1] > 0, 1.0)
+    return found
 
 
 class PolicyLossFunction(torch.autograd.Function):
@@ -290,9 +295,11 @@ def prepare(
     if o.sampler_correction != "none" and sampler is None:
         allowed = f"a tensor like logp for sampler_correction {o.sampler_correction!r}"
         raise ValueError(f"sampler_logp: got None; allowed: {allowed}")
-    m = torch.ones(shape, dtype=torch.bool, device=device)
-    if mask is not None:
-        m = _check.rows_like("mask", mask, shape) != 0
+    if mask is None:
+        m = torch.ones(shape, dtype=torch.bool, device=device)
+    else:
+        m = _check.rows_like("mask", mask, shape)
+        m = m if m.dtype == torch.bool else m != 0
     a = _advantages(advantages, shape, dtype)
     if _check.can_look(device) and bool((~a.isfinite() & m).any()):
         raise _check.NonFiniteError("advantages: got NaN or inf; allowed: finite numbers")
@@ -311,13 +318,16 @@ def _advantages(advantages: Tensor, shape: torch.Size, dtype: torch.dtype) -> Te
 
 def _weights(m: Tensor, o: Objective, normalizer: float | Tensor | None) -> Tensor:
     """Row weights w_i of the reduction, fp64 until the end."""
-    w = m.double()
+    w = m
     sequences = m.shape[0] if m.ndim == 2 else m.numel()
     width = o.max_length or (m.shape[1] if m.ndim == 2 else 1)
     if o.reduction == "seq":
-        w = w / w.sum(-1, keepdim=True).clamp(min=1)
-    local: dict[str, Any] = {"token": m.sum(), "fixed": sequences * width, "sum": 1}
-    by = local.get(o.reduction, sequences) if normalizer is None else normalizer
+        w = m.double() / m.sum(-1, keepdim=True).clamp(min=1)
+    by: Any = normalizer
+    if normalizer is None and o.reduction == "token":
+        by = m.sum()
+    elif normalizer is None:
+        by = {"fixed": sequences * width, "sum": 1}.get(o.reduction, sequences)
     if isinstance(by, Tensor):
         if by.numel() != 1:
             raise _check.fail("normalizer", by, "a number, or a tensor of one")
@@ -327,26 +337,20 @@ def _weights(m: Tensor, o: Objective, normalizer: float | Tensor | None) -> Tens
         if normalizer is not None and (by != 0 or bool(m.any())):  # 0: nothing anywhere counts
             _check.positive("normalizer", by)
     if isinstance(by, Tensor):
-        return w / by.clamp(min=1e-12)
-    return w / max(by, 1e-12)
+        return w / by.clamp(min=1e-12)  # fp64, as `by` is: a bool has no part in the dtype
+    return w.double() / max(by, 1e-12)
 
 
 def metrics_dict(counts: Tensor) -> dict[str, Tensor]:
-    """Detached 0-d metrics from raw counts, without a host sync.
+    """Detached 0-d metrics, without a host sync.
 
     tokens: unmasked; active: those with a possible gradient; clip_low, clip_high, dual_clip:
     shares of active tokens whose gradient the clip removed (cispo: whose weight it bounded;
     geometric: tokens left out of the mean's gradient; dual_clip: by either cap); kl, entropy,
-    ratio_mean: means over active tokens (nats); ratio_min, ratio_max; clamped: count of
-    |log-ratio| > 20; sampler_gap: max |logp - sampler_logp|.
+    ratio_mean: means over active tokens (nats); ratio_min, ratio_max: 1 where none is active;
+    clamped: count of |log-ratio| > 20; sampler_gap: max |logp - sampler_logp|.
     """
-    out = dict(zip(COUNTS, counts.detach().unbind(), strict=True))
-    n = out["active"].clamp(min=1)
-    for k in ("clip_low", "clip_high", "dual_clip", "kl", "entropy", "ratio_mean"):
-        out[k] = out[k] / n
-    for k in ("ratio_min", "ratio_max"):
-        out[k] = out[k].where(out["active"] > 0, 1.0)
-    return out
+    return dict(zip(COUNTS, counts.detach().unbind(), strict=True))
 
 
 define(
