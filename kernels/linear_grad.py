@@ -1,10 +1,10 @@
 """The gradient of the logits of `hidden` rows, made without the logits: each tile of hidden W^T is
 computed again and its epilogue is the gradient, in 16 bits. kernels/rows.py has the formula.
 
-One call is 2 R V H flops. It reads hidden and, once for every group of row blocks that fits the L2,
-the weight; it writes 2 R V bytes. `rows.row_grad` needs fp32 logits instead: 4 bytes of a logit
-written by their product, 4 read for the statistics, 4 read and 2 written for the gradient. So the
-choice is between 2 H flops and 12 bytes a logit, the 2 bytes of the gradient being on both sides.
+One call is 2 R V H flops. It reads hidden once and the weight once for every group of row blocks
+that stay in the L2 (16 MiB of hidden: 4 times at R = 8192, H = 4096), and writes 2 R V bytes. With
+fp32 logits in memory 14 bytes of each move: 4 written by their product, 4 read for the statistics,
+4 read and 2 written for the gradient. So the choice is between 2 H flops and 12 bytes a logit.
 """
 
 import torch
@@ -21,12 +21,20 @@ BYTES = 3.0e12
 
 
 def recompute_pays(hidden_width, element_size=2):
-    """Whether the logits of 16-bit inputs are cheaper to compute again than to keep in fp32: 2 H
-    flops against 4 bytes written and 4 read twice, so up to H = 1580. fp32 products do not run on
-    these tensor cores, and their gradient is made over the logits: never."""
+    """Whether the logits of 16-bit inputs are cheaper to compute again than to keep in fp32, both at
+    the rates above: up to H = 1580. A tile that reached 70 % of them in both of its uses would pay
+    up to 850 only, but up to 2450 where the logits are computed again either way, as in the
+    backward of linear_token_logprobs. fp32 products have other rates, and no bytes to save by a
+    16-bit gradient: never."""
     if element_size != 2:
         return False
     return 2 * hidden_width / FLOPS < 12 / BYTES
+
+
+def room(hidden, vocab):
+    """[R, V] for the gradient: rows at multiples of 16 bytes, which the stores and the products
+    that follow take whole words of, whatever the vocabulary."""
+    return hidden.new_empty(hidden.shape[0], -(-vocab // 8) * 8)[:, :vocab]
 
 
 def linear_grad(

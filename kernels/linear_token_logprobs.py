@@ -1,5 +1,6 @@
 """linear_token_logprobs: a forward that fuses the GEMM with the row statistics, so that no logit
-reaches memory, and a backward over chunks of recomputed logits.
+reaches memory, and a backward over chunks of recomputed logits: those of a narrow head in 16 bits are
+not stored then either (linear_grad).
 
 Forward: grid (row blocks x spans of the vocabulary); each program keeps (max, sum, dot, target) of
 its rows over its span, each for the columns of one lane, so that no tile waits for a sum over
@@ -13,6 +14,7 @@ import triton.language as tl
 
 from . import linear, live, memory, tile
 from . import rows as row_kernels
+from .linear_grad import linear_grad, recompute_pays, room
 from .logits import INF, finish, flat, raised
 
 SPAN = 1024  # columns per program, a multiple of every tile's N
@@ -102,11 +104,20 @@ def linear_logprobs_bwd(
         hidden = linear.clean(hidden, alive)
     grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, ignore_index, rows)
     if any(needs):
-        blocks = 1 if costate is None else 2
-        for part in linear.chunks(hidden.shape[0], blocks * weight.shape[0], hidden.device):
-            logits = linear.mm32(hidden[part], weight.t())
-            stats = (x[part] for x in (targets, logp, entropy, lse, c, e))
-            grads.add(part, logits, *stats, costates)
+        n, vocab, size = hidden.shape[0], weight.shape[0], hidden.element_size()
+        given = (targets, logp, entropy, lse)
+        if rows is row_kernels and costate is None and recompute_pays(hidden.shape[1], size):
+            c, e, scale = grads.scaled(c, e, 1 / temperature)
+            for part in linear.chunks(n, vocab, hidden.device, size):
+                dz = linear_grad(
+                    hidden[part], weight, bias, *(x[part] for x in (*given, c, e)), temperature,
+                    softcap, ignore_index, room(hidden[part], vocab)
+                )  # fmt: skip
+                grads.products(part, dz, None if scale is None else scale[part])
+        else:
+            for part in linear.chunks(n, (1 if costate is None else 2) * vocab, hidden.device):
+                logits = linear.mm32(hidden[part], weight.t())
+                grads.add(part, logits, *(x[part] for x in (*given, c, e)), costates)
     dhidden, *others = grads.finish(as_input=True, fp32_dhidden=fp32_dhidden)
     return (live.spread(dhidden, kept, count) if needs[0] else dhidden), *others
 
