@@ -1,6 +1,6 @@
 """linear_token_logprobs: a forward that fuses the GEMM with the row statistics, so that no logit
-reaches memory, and a backward over chunks of recomputed logits: those of a narrow head in 16 bits are
-not stored then either (linear_grad).
+reaches memory, and a backward over chunks of recomputed logits, which a narrow head in 16 bits does
+not store either (linear_grad).
 
 Forward: grid (row blocks x spans of the vocabulary); each program keeps (max, sum, dot, target) of
 its rows over its span, each for the columns of one lane, so that no tile waits for a sum over
