@@ -1,10 +1,10 @@
 """The gradient of the logits of `hidden` rows, made without the logits: each tile of hidden W^T is
 computed again and its epilogue is the gradient, in 16 bits. kernels/rows.py has the formula.
 
-One call is 2 R V H flops. It reads hidden and, once for every group of row blocks that fits the L2,
-the weight; it writes 2 R V bytes. `rows.row_grad` needs fp32 logits instead: 4 bytes of a logit
-written by their product, 4 read for the statistics, 4 read and 2 written for the gradient. So the
-choice is between 2 H flops and 12 bytes a logit, the 2 bytes of the gradient being on both sides.
+One call is 2 R V H flops. It reads hidden once and the weight once for every group of row blocks
+that stay in the L2 (16 MiB of hidden: 4 times at R = 8192, H = 4096), and writes 2 R V bytes. With
+fp32 logits in memory 14 bytes of each move: 4 written by their product, 4 read for the statistics,
+4 read and 2 written for the gradient. So the choice is between 2 H flops and 12 bytes a logit.
 """
 
 import torch
@@ -18,16 +18,22 @@ from .logits import INF, flat
 # An H100, as measured with large products and copies
 FLOPS = 790e12
 BYTES = 3.0e12
-PART = {2: 32, 4: 64}  # columns that the gradient is made of at a time: more of them spill
 
 
 def recompute_pays(hidden_width, element_size=2):
-    """Whether the logits of 16-bit inputs are cheaper to compute again than to keep in fp32: 2 H
-    flops against 4 bytes written and 4 read twice, so up to H = 1580. fp32 products do not run on
-    these tensor cores, and their gradient is made over the logits: never."""
+    """Whether the logits of 16-bit inputs are cheaper to compute again than to keep in fp32, both
+    at the rates above: up to H = 1580. Were a tile to reach 70 % of them, it would pay up to 850, and
+    up to 2450 where the logits are computed again either way, as in linear_token_logprobs. Never for
+    fp32, whose products have other rates and whose gradient is not narrower than the logits."""
     if element_size != 2:
         return False
     return 2 * hidden_width / FLOPS < 12 / BYTES
+
+
+def room(hidden, vocab):
+    """[R, V] for the gradient: rows at multiples of 16 bytes, which the stores and the products
+    that follow take whole words of, whatever the vocabulary."""
+    return hidden.new_empty(hidden.shape[0], -(-vocab // 8) * 8)[:, :vocab]
 
 
 def linear_grad(
@@ -54,14 +60,12 @@ def linear_grad(
         return out
     vectors = (flat(x) for x in (bias, targets, logp, entropy, lse, c, e))
     with torch.cuda.device_of(hidden):
-        m, n, k, warps, stages = tile.config(count, vocab, width, size)
-        blocks = triton.cdiv(count, m)
-        _linear_grad_kernel[(blocks * triton.cdiv(vocab, n),)](
+        t = tile.config(count, vocab, width, size)
+        blocks = triton.cdiv(count, t.rows)
+        _linear_grad_kernel[(blocks * triton.cdiv(vocab, t.columns),)](
             hidden, hidden.stride(0), weight, weight.stride(0), *vectors, out, out.stride(0), count,
-            vocab, width, blocks, tile.group(m, width, size), 1 / temperature, softcap,
-            ignore_index, SOFTCAP=softcap != 0, WHOLE=width % k == 0,
-            PRECISION=tile.precision(hidden.dtype), M=m, N=n, K=k, PART=PART[size],
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True
+            vocab, width, blocks, tile.group(blocks, t.rows, width, size), 1 / temperature, softcap,
+            ignore_index, SOFTCAP=softcap != 0, **t.options(width, hidden.dtype)
         )  # fmt: skip
     return out
 
@@ -99,7 +103,7 @@ def _linear_grad_kernel(
 ):
     block, part = tile.place(blocks, group)
     first = part * N
-    rm = block * M + tl.arange(0, M)
+    rm = block.to(tl.int64) * M + tl.arange(0, M)
     inside = rm < R
     y = tl.load(targets + rm, mask=inside, other=ignore_index)
     lp, ent = tl.load(logp + rm, mask=inside), tl.load(entropy + rm, mask=inside)
@@ -112,8 +116,9 @@ def _linear_grad_kernel(
             hidden, hidden_stride, weight, weight_stride, rm, first, R, V, H, WHOLE, PRECISION, M,
             N, K
         )  # fmt: skip
+        chosen = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)
         at_y = -ci * libdevice.expm1(lp) - ei * libdevice.exp(lp) * (lp + ent)
-        rows = (y, log_z, ei, ci + ei * ent, at_y, live)
+        rows = (chosen, log_z, ei, ci + ei * ent, at_y, live)
         to = (out + rm * out_stride, inside)
         scalars = (V, scale, softcap)
         _store(to, x, bias, rows, scalars, first, SOFTCAP, M, N, PART)
@@ -136,15 +141,14 @@ def _store(
         _store(to, right, bias, rows, scalars, first + N // 2, SOFTCAP, M, N // 2, PART)
     else:
         out_rows, inside = to
-        y, log_z, ei, shift, at_y, live = rows
+        chosen, log_z, ei, shift, at_y, live = rows
         V, scale, softcap = scalars
         cols = first + tl.arange(0, N)
         z, slope = tile.finished(x, bias, cols, V, scale, softcap, SOFTCAP)
         d = z - log_z[:, None]
         d = tl.where(d < -1e30, -1e30, d)
         dz = tl.exp(d) * (-ei[:, None] * d - shift[:, None])
-        at = tile.within(y, first, V, N)
-        dz = tl.where(tl.arange(0, N)[None, :] == at[:, None], at_y[:, None], dz)
+        dz = tl.where(cols[None, :] == chosen[:, None], at_y[:, None], dz)
         dz = tl.where(live[:, None], dz * (slope * scale), 0.0)
         stored = inside[:, None] & (cols < V)[None, :]
         tl.store(out_rows[:, None] + cols[None, :], dz.to(out_rows.dtype.element_ty), mask=stored)

@@ -1,9 +1,11 @@
 """linear_token_logprobs: a forward that fuses the GEMM with the row statistics, so that no logit
-reaches memory, and a backward over chunks of recomputed logits.
+reaches memory, and a backward over chunks of recomputed logits, which a narrow head in 16 bits does
+not store either (linear_grad).
 
 Forward: grid (row blocks x spans of the vocabulary); each program keeps (max, sum, dot, target) of
-its rows over its span, a second kernel puts the spans together. Spans depend on V alone, so a row
-does not depend on the batch it is in.
+its rows over its span, each for the columns of one lane, so that no tile waits for a sum over
+threads; a second kernel puts the spans together. Spans depend on V alone, so a row does not depend
+on the batch it is in.
 """
 
 import torch
@@ -12,10 +14,10 @@ import triton.language as tl
 
 from . import linear, live, memory, tile
 from . import rows as row_kernels
+from .linear_grad import linear_grad, recompute_pays, room
 from .logits import INF, finish, flat, raised
 
 SPAN = 1024  # columns per program, a multiple of every tile's N
-PART = tl.constexpr(64)  # columns that go into the statistics at a time
 
 
 @memory.says
@@ -102,11 +104,20 @@ def linear_logprobs_bwd(
         hidden = linear.clean(hidden, alive)
     grads = linear.Grads(hidden, weight, bias, needs, temperature, softcap, ignore_index, rows)
     if any(needs):
-        blocks = 1 if costate is None else 2
-        for part in linear.chunks(hidden.shape[0], blocks * weight.shape[0], hidden.device):
-            logits = linear.mm32(hidden[part], weight.t())
-            stats = (x[part] for x in (targets, logp, entropy, lse, c, e))
-            grads.add(part, logits, *stats, costates)
+        n, vocab, size = hidden.shape[0], weight.shape[0], hidden.element_size()
+        given = (targets, logp, entropy, lse)
+        if rows is row_kernels and costate is None and recompute_pays(hidden.shape[1], size):
+            c, e, scale = grads.scaled(c, e, 1 / temperature)
+            for part in linear.chunks(n, vocab, hidden.device, size):
+                dz = linear_grad(
+                    hidden[part], weight, bias, *(x[part] for x in (*given, c, e)), temperature,
+                    softcap, ignore_index, room(hidden[part], vocab)
+                )  # fmt: skip
+                grads.products(part, dz, None if scale is None else scale[part])
+        else:
+            for part in linear.chunks(n, (1 if costate is None else 2) * vocab, hidden.device):
+                logits = linear.mm32(hidden[part], weight.t())
+                grads.add(part, logits, *(x[part] for x in (*given, c, e)), costates)
     dhidden, *others = grads.finish(as_input=True, fp32_dhidden=fp32_dhidden)
     return (live.spread(dhidden, kept, count) if needs[0] else dhidden), *others
 
@@ -192,15 +203,13 @@ def _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index
     width, size = hidden.shape[1], hidden.element_size()
     targets = targets.contiguous()
     with torch.cuda.device_of(hidden):
-        m, n, k, warps, stages = tile.config(count, vocab, width, size)
-        blocks, spans = triton.cdiv(count, m), triton.cdiv(vocab, SPAN)
+        t = tile.config(count, vocab, width, size)
+        blocks, spans = triton.cdiv(count, t.rows), triton.cdiv(vocab, SPAN)
         state = torch.empty(4, spans, count, dtype=torch.float32, device=hidden.device)
         _linear_stats_kernel[(blocks * spans,)](
             hidden, hidden.stride(0), weight, weight.stride(0), flat(bias), targets, state, count,
-            vocab, width, blocks, tile.group(m, width, size), 1 / temperature, softcap,
-            ignore_index, SOFTCAP=softcap != 0, WHOLE=width % k == 0,
-            PRECISION=tile.precision(hidden.dtype), M=m, N=n, K=k, SPAN=SPAN, num_warps=warps,
-            num_stages=stages, enable_fp_fusion=True
+            vocab, width, blocks, tile.group(blocks, t.rows, width, size), 1 / temperature, softcap,
+            ignore_index, SOFTCAP=softcap != 0, SPAN=SPAN, **t.options(width, hidden.dtype)
         )  # fmt: skip
         _combine_kernel[(triton.cdiv(count, 128),)](
             state, targets, logp, entropy, lse, count, vocab, spans, ignore_index, BLOCK=128,
@@ -232,16 +241,17 @@ def _linear_stats_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    PART: tl.constexpr,
     SPAN: tl.constexpr,
 ):
     block, span = tile.place(blocks, group)
-    rm = block * M + tl.arange(0, M)
+    rm = block.to(tl.int64) * M + tl.arange(0, M)
     inside = rm < R
     y = tl.load(targets + rm, mask=inside, other=ignore_index)
-    top = tl.full([M], -INF, tl.float32)
-    total = tl.zeros([M], tl.float32)
-    dot = tl.zeros([M], tl.float32)
-    target = tl.zeros([M], tl.float32)
+    top = tl.full([M, 4], -INF, tl.float32)
+    total = tl.zeros([M, 4], tl.float32)
+    dot = tl.zeros([M, 4], tl.float32)
+    target = tl.zeros([M, 4], tl.float32)
     if tl.max((y != ignore_index).to(tl.int32), 0) != 0:
         stats, scalars = (top, total, dot, target), (V, scale, softcap)
         for first in range(span * SPAN, tl.minimum(span * SPAN + SPAN, V), N):
@@ -249,43 +259,61 @@ def _linear_stats_kernel(
                 hidden, hidden_stride, weight, weight_stride, rm, first, R, V, H, WHOLE, PRECISION,
                 M, N, K
             )  # fmt: skip
-            stats = _added(stats, x, bias, y, scalars, first, SOFTCAP, M, N)
+            y = tl.load(targets + rm, mask=inside, other=ignore_index)
+            chosen = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)
+            at = chosen - first
+            special = tl.max(((at >= 0) & (at < N)).to(tl.int32), 0) != 0
+            special |= first + N > V
+            stats = _added(stats, x, bias, chosen, special, scalars, first, SOFTCAP, M, N, PART)
         top, total, dot, target = stats
+    peak = tl.max(top, 1)
+    total, dot = raised(top, peak[:, None], total, dot)
     spans = tl.num_programs(0) // blocks
     at = state + span.to(tl.int64) * R + rm
     size = spans.to(tl.int64) * R
-    tl.store(at, top, mask=inside)
-    tl.store(at + size, total, mask=inside)
-    tl.store(at + 2 * size, dot, mask=inside)
-    tl.store(at + 3 * size, target, mask=inside)
+    tl.store(at, peak, mask=inside)
+    tl.store(at + size, tl.sum(total, 1), mask=inside)
+    tl.store(at + 2 * size, tl.sum(dot, 1), mask=inside)
+    tl.store(at + 3 * size, tl.sum(target, 1), mask=inside)
 
 
 @triton.jit
 def _added(
-    stats, x, bias, y, scalars, first, SOFTCAP: tl.constexpr, M: tl.constexpr, N: tl.constexpr
-):
-    """The running statistics with the product x at the N columns from `first` in them, PART of them
-    at a time."""
+    stats, x, bias, chosen, special, scalars, first, SOFTCAP: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The running statistics with the N columns of product x from `first` in them, PART of them at
+    a time. `chosen` is the column of each row's target, or -1; `special`: one of these columns is,
+    or is past the vocabulary."""
     if N > PART:
         left, right = tile.halves(x, M, N)
-        stats = _added(stats, left, bias, y, scalars, first, SOFTCAP, M, N // 2)
-        return _added(stats, right, bias, y, scalars, first + N // 2, SOFTCAP, M, N // 2)
+        given = (bias, chosen, special, scalars)
+        stats = _added(stats, left, *given, first, SOFTCAP, M, N // 2, PART)
+        return _added(stats, right, *given, first + N // 2, SOFTCAP, M, N // 2, PART)
     else:
         top, total, dot, target = stats
         V, scale, softcap = scalars
-        z, _ = tile.finished(x, bias, first + tl.arange(0, N), V, scale, softcap, SOFTCAP)
-        at = tile.within(y, first, V, N)
-        if tl.max(at, 0) >= 0:  # a target of any row
-            chosen = tl.arange(0, N)[None, :] == at[:, None]
-            target += tl.sum(tl.where(chosen, z, 0.0), 1)
-            z = tl.where(chosen, -INF, z)
-        peak = tl.maximum(top, tl.max(z, 1))
+        cols = first + tl.arange(0, N)
+        z, _ = tile.finished(x, bias, cols, V, scale, softcap, SOFTCAP)
+        if special:
+            here = cols[None, :] == chosen[:, None]
+            target += _by_lane(tl.where(here, z, 0.0), M, N, False)
+            z = tl.where(here | (cols >= V)[None, :], -INF, z)
+        peak = tl.maximum(top, _by_lane(z, M, N, True))
         total, dot = raised(top, peak, total, dot)
-        d = z - tl.where(peak == -INF, 0.0, peak)[:, None]
+        anchor = tl.where(peak == -INF, 0.0, peak)
+        d = tl.reshape(z, [M, N // 8, 4, 2]) - anchor[:, None, :, None]
         p = tl.exp(d)
-        total += tl.sum(p, 1)
-        dot += tl.sum(p * tl.maximum(d, -1e30), 1)  # -inf: 0
+        total += tl.sum(tl.sum(p, 3), 1)
+        dot += tl.sum(tl.sum(p * tl.maximum(d, -1e30), 3), 1)  # -inf: 0
         return peak, total, dot, target
+
+
+@triton.jit
+def _by_lane(x, M: tl.constexpr, N: tl.constexpr, MAX: tl.constexpr):
+    """[M, 4]: over the columns that one lane of a warp holds after a product, 2 of every 8."""
+    x = tl.reshape(x, [M, N // 8, 4, 2])
+    return tl.max(tl.max(x, 3), 1) if MAX else tl.sum(tl.sum(x, 3), 1)
 
 
 @triton.jit(do_not_specialize=["R", "ignore_index"])

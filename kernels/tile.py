@@ -4,13 +4,15 @@
 take the tile from here, the same products in the same order, so that p = exp(z - lse) sums to 1.
 
 What bounds such a tile on an H100: the tensor cores take 4096 flops a clock and multiprocessor, and
-an L2 of 5.5 TB/s brings about 23 bytes of operands in that clock. 128 x 128 columns need 32 and so
-reach 70 % at most, 128 x 256 need 24. What ends a tile (an exp, a maximum, a handful of multiply-
-adds a logit) takes about 2600 clocks of 128 x 256, the products 16 H: where H is small that has to
-run beside the products of another program, which only 128 x 128 leave the registers for.
+in that clock an L2 of 5.5 TB/s brings about 23 bytes of the operands. 128 x 128 columns need 32 of
+them and so reach 70 % at most, 128 x 256 need 24. What ends the wider one (an exp, a maximum, a
+handful of multiply-adds a logit) takes about 2600 clocks, its products 16 H. Arithmetic, from no
+measurement: 128 x 128 of half the registers, two programs of them on a multiprocessor, come out
+equal at H = 576 and behind above.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,23 +20,50 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from .logits import INF, softcapped
+from .logits import softcapped
 
-SMALL = 99 << 10  # shared memory of a block on sm_86, sm_89 and sm_120; it is 227 KiB on sm_90
-WIDE_SHARED = 160 << 10  # what the wide tiles need
-WIDE_HIDDEN = 1536  # from this width on they are faster: the products are nine tenths of the clocks
+SMALL = 99 << 10  # shared memory of a block on sm_86, sm_89 and sm_120
+LARGE = (
+    200 << 10
+)  # sm_90 and sm_100 have more; four warps there are a group with products of its own
 HIDDEN_IN_L2 = 16 << 20  # bytes of hidden that stay in the L2 while the weight streams by
-# (rows, columns, depth, warps, stages) of a tile. Shared memory is stages * (rows + columns) *
-# depth * bytes. The columns do not depend on the number of rows: they are the order of a row's sum.
+
+
+class Tile(NamedTuple):
+    """Shared memory is stages * (rows + columns) * depth * the bytes of an element."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    part: int  # columns that what ends a tile takes at a time: with more of them registers spill
+
+    def options(self, width, dtype):
+        """Of a kernel whose tile it is."""
+        return {
+            "M": self.rows,
+            "N": self.columns,
+            "K": self.depth,
+            "PART": self.part,
+            "WHOLE": width % self.depth == 0,
+            "PRECISION": "ieee" if dtype == torch.float32 else None,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# Rows are summed in the order of their parts, so few and many have parts of the same width.
 CONFIGS = {
-    (2, "few"): (64, 128, 64, 4, 4),
-    (2, "many"): (128, 128, 64, 8, 3),
-    (2, "few wide"): (64, 256, 64, 4, 4),
-    (2, "many wide"): (128, 256, 64, 8, 3),
-    (2, "odd"): (64, 64, 32, 8, 2),  # H off 16: scalar loads; more of a tile a thread spills
-    (4, "few"): (32, 64, 32, 4, 3),
-    (4, "many"): (64, 64, 32, 4, 3),
-    (4, "odd"): (64, 64, 32, 8, 2),
+    (2, "few"): Tile(64, 128, 64, 8, 4, 16),
+    (2, "few group"): Tile(64, 128, 64, 4, 4, 32),
+    (2, "many"): Tile(128, 128, 32, 8, 5, 16),
+    (2, "many group"): Tile(128, 256, 64, 8, 3, 32),
+    (2, "odd"): Tile(64, 64, 32, 8, 2, 32),  # H off 16: scalar loads; a larger tile spills
+    (4, "few"): Tile(32, 64, 32, 4, 3, 16),
+    (4, "many"): Tile(64, 64, 32, 4, 3, 16),
+    (4, "odd"): Tile(64, 64, 32, 8, 2, 16),
 }
 
 
@@ -44,12 +73,12 @@ def config(count, vocab, width, element_size):
     kind = "few" if count <= 64 else "many"
     if width % 16 and (element_size, kind) != (4, "few"):
         kind = "odd"
-    elif element_size == 2 and width >= WIDE_HIDDEN and shared_memory() >= WIDE_SHARED:
-        kind += " wide"
-    m, n, k, warps, stages = CONFIGS[element_size, kind]
-    n = min(n, max(triton.next_power_of_2(vocab), 16))
-    k = min(k, max(triton.next_power_of_2(width), 16))
-    return m, n, k, warps, stages
+    elif element_size == 2 and shared_memory() >= LARGE:
+        kind += " group"
+    t = CONFIGS[element_size, kind]
+    columns = min(t.columns, max(triton.next_power_of_2(vocab), 16))
+    depth = min(t.depth, max(triton.next_power_of_2(width), 16))
+    return t._replace(columns=columns, depth=depth)
 
 
 def shared_memory():
@@ -64,22 +93,17 @@ def _shared_memory(device):
     return driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
-def group(rows, width, element_size):
-    """Row blocks side by side on one part of the weight: as many as stay in the L2."""
-    return max(HIDDEN_IN_L2 // (rows * width * element_size), 1)
-
-
-def precision(dtype):
-    """`input_precision` of the products."""
-    return "ieee" if dtype == torch.float32 else None
+def group(blocks, rows, width, element_size):
+    """How many of the row blocks go side by side: as many as stay in the L2."""
+    return min(max(HIDDEN_IN_L2 // (rows * width * element_size), 1), blocks)
 
 
 @triton.jit
 def place(blocks, group):
     """(row block, part of the vocabulary) of this program. A group of row blocks does one part
     after the other, so its hidden rows are read from memory once and the weight once a group."""
-    pid = tl.program_id(0).to(tl.int64)
-    size = group * (tl.num_programs(0) // blocks).to(tl.int64)
+    pid = tl.program_id(0)
+    size = group * (tl.num_programs(0) // blocks)
     first = pid // size * group
     rows = tl.minimum(blocks - first, group)
     return first + pid % size % rows, pid % size // rows
@@ -121,22 +145,14 @@ def product(
 
 @triton.jit
 def finished(x, bias, cols, V, scale, softcap, SOFTCAP: tl.constexpr):
-    """z of the product at `cols`, and the slope of the soft-cap; z is -inf past the vocabulary."""
+    """z of the product at `cols`, and the slope of the soft-cap. Past the vocabulary, anything."""
     if bias is not None:
         x += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
     x, slope = softcapped(x, softcap, SOFTCAP)
-    edge = tl.where(cols < V, 0.0, -INF)  # with the product one multiply-add
-    return x * scale + edge[None, :], slope
+    return x * scale, slope
 
 
 @triton.jit
 def halves(x, M: tl.constexpr, N: tl.constexpr):
     """The left and the right half of the columns: what ends a tile takes fewer registers so."""
     return tl.split(tl.permute(tl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
-
-
-@triton.jit
-def within(y, first, V, N: tl.constexpr):
-    """Which column of a tile each target is, or -1: 32 bits to compare, not 64."""
-    at = y - first
-    return tl.where((at >= 0) & (at < N) & (y < V), at, -1).to(tl.int32)

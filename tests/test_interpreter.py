@@ -250,16 +250,19 @@ def test_gradient_in_place(dtype):
     assert torch.equal(x, apart)
 
 
+WARP_GROUPS = ["few group", "many group"]
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
-@pytest.mark.parametrize("kind", ["few", "many", "odd", "few wide", "many wide"])
+@pytest.mark.parametrize("kind", ["few", "many", "odd", *WARP_GROUPS])
 def test_every_tile_of_the_dot_kernel(kind, dtype, monkeypatch):
     size = dtype.itemsize
     if (size, kind) not in tile.CONFIGS:
-        pytest.skip("wide tiles are for 16 bits")
-    rows, columns, depth, _, stages = tile.CONFIGS[size, kind]
-    shared = stages * (rows + columns) * depth * size
-    assert shared <= (tile.WIDE_SHARED if "wide" in kind else tile.SMALL)
-    assert linear_token_logprobs.SPAN % columns == 0
+        pytest.skip("for 16 bits")
+    t = tile.CONFIGS[size, kind]
+    shared = t.stages * (t.rows + t.columns) * t.depth * size
+    assert shared <= (tile.LARGE if kind in WARP_GROUPS else tile.SMALL)
+    assert linear_token_logprobs.SPAN % t.columns == 0
     monkeypatch.setattr(tile, "config", lambda *_: tile.CONFIGS[size, kind])
     g = torch.Generator().manual_seed(2)
     h, w = torch.randn(70, 83, generator=g).to(dtype), torch.randn(1100, 83, generator=g).to(dtype)

@@ -148,7 +148,7 @@ def test_no_rows_and_a_row_stride():
 @pytest.mark.parametrize("how", ["ignored", "no upstream"])
 def test_a_block_of_dead_rows_costs_no_product(how):
     args = problem("whole", BF16)
-    m = tile.config(129, 256, 128, 2)[0]
+    m = tile.config(129, 256, 128, 2).rows
     assert m < 129
     h, y, c, e = args[0], args[3], args[7], args[8]
     h[:m] = NAN
@@ -174,7 +174,7 @@ def test_no_race_and_no_wasted_byte():
         run(args)
     count, vocab = 70, 279
     assert interpreter.TRAFFIC.stored == 2 * count * vocab
-    m, n, *_ = tile.config(count, vocab, 7, 2)
+    m, n = tile.config(count, vocab, 7, 2)[:2]
     tiles = -(-count // m), -(-vocab // n)
     read = 2 * 7 * tiles[0] * tiles[1] * (m + n) + 4 * vocab * tiles[0]
     assert interpreter.TRAFFIC.loaded <= read + (8 + 6 * 4) * count * tiles[1]
@@ -188,19 +188,19 @@ def test_every_tile(size, kind, monkeypatch):
         assert error(run(args), truth(*args)) <= 1
 
 
-@pytest.mark.parametrize("shared", [99 << 10, 227 << 10])
-def test_the_order_of_a_sum_does_not_depend_on_the_batch(shared, monkeypatch):
-    """Columns and depth of a tile are those of the head."""
+@pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
+def test_the_tile_of_a_device(shared, monkeypatch):
+    """It fits, and its parts, the order of a row's sum, do not depend on the number of rows."""
     monkeypatch.setattr(tile, "shared_memory", lambda: shared)
     seen = set()
     for size in (2, 4):
-        for width in (16, 576, 2048, 4096):
-            few, many = (tile.config(n, 50257, width, size) for n in (1, 4096))
-            assert few[1:3] == many[1:3]
-            assert few[4] * (few[0] + few[1]) * few[2] * size <= shared
-            assert many[4] * (many[0] + many[1]) * many[2] * size <= shared
-            seen.add(many[:2])
-    assert seen == {(64, 64), (128, 128), *([(128, 256)] if shared > 99 << 10 else [])}
+        for width in (16, 83, 576, 1536, 4096):
+            for count in (1, 64, 65, 8192):
+                t = tile.config(count, 50257, width, size)
+                assert t.stages * (t.rows + t.columns) * t.depth * size <= shared
+                seen.add((t.rows, t.columns))
+                assert t.part == tile.config(8192, 50257, width, size).part
+    assert seen == {(32, 64), (64, 64), (64, 128), (128, 256 if shared > tile.LARGE else 128)}
 
 
 def test_when_recompute_pays():
@@ -287,3 +287,30 @@ def test_every_tile_once_and_groups_one_after_the_other(blocks, parts, group):
     got = order(blocks, parts, group)
     assert sorted(map(tuple, got)) == [(b, p) for b in range(blocks) for p in range(parts)]
     assert [b // group for b, _ in got] == sorted(b // group for b, _ in got)
+
+
+def read_from_memory(places, h_block, w_part, cache=50 << 20, at_once=132):
+    """Bytes of (hidden, weight) that miss a cache that drops what was used longest ago, with the
+    programs side by side in the order of the grid, each reading its two operands at once."""
+    held, misses = {}, [0, 0]
+    size = (h_block, w_part)
+    for wave in (places[i : i + at_once] for i in range(0, len(places), at_once)):
+        for key in ((which, x) for place in wave for which, x in enumerate(place)):
+            if key not in held:
+                misses[key[0]] += size[key[0]]
+            held[key] = held.pop(key, size[key[0]])  # to the end
+            while sum(size[which] for which, _ in held) > cache:
+                held.pop(next(iter(held)))
+    return misses
+
+
+def test_hidden_is_read_once_and_the_weight_once_a_group():
+    """8192 rows of 4096, 67 MB, more than the L2. Were all row blocks side by side, each part of
+    the weight would bring hidden from memory again."""
+    h_block, w_part, blocks, parts = 128 * 4096 * 2, 256 * 4096 * 2, 64, 24
+    size = tile.group(blocks, 128, 4096, 2)
+    h, w = read_from_memory(order(blocks, parts, size), h_block, w_part)
+    assert h == blocks * h_block
+    assert w == blocks / size * parts * w_part
+    h, _ = read_from_memory(order(blocks, parts, blocks), h_block, w_part)
+    assert h > 10 * blocks * h_block
