@@ -196,11 +196,7 @@ def seen():
         patch.setattr(interpreter, "_check", checked)
         patch.setattr(triton_interpreter.GridExecutor, "__call__", counted)
         for f in (scores, losses, tokens, samples, credit, continuous):
-            import time
-
-            t0 = time.time()
             f()
-            print(f.__name__, time.time() - t0)
         patch.setattr(tile, "HIDDEN_IN_L2", 1)  # a group is one block of rows
         loss(BF16, EVERY, grad=True)
     return found

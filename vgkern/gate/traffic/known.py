@@ -34,9 +34,6 @@ BYTES = {
     "48 parts of the vocabulary leave statistics of each row: 4 us behind 0.6 ms": """
         linear_token_logprobs fwd 8192x576x49152 triton 1.21
     """,
-    "backward writes and reads fp32 logits: a second tile would write the gradient": """
-        linear_token_logprobs both 8192x576x49152 triton 2.33
-    """,
     "the cut of a truncation is found by eight tries a walk: 26 walks over each row": """
         linear_token_logprobs truncated 8192x576x49152 any 6.77
         linear_sample truncated 64x4096x131072 any 1.66

@@ -109,9 +109,10 @@ def _replaced(k: Given) -> Moved:
 # --- products that end in a row's statistics or its gradient
 
 
-def _tile(k: Given, columns: int, vectors: int) -> Moved:
+def _tile(k: Given, columns: int, vectors: int, each: int = 0) -> Moved:
     """The operands: hidden once a launch and the weight once for each group of row blocks, which
-    the L2 holds between; `vectors` bytes of a row for each part of `columns` columns."""
+    the L2 holds between; `vectors` bytes of a row for each part of `columns` columns, `each` of
+    them again for each tile."""
     rows, vocab, width = k["R"], k["V"], k["H"]
     m, n, size = k["M"], k["N"], k["hidden"].element_size()
     blocks, parts = k["blocks"], -(-vocab // columns)
@@ -120,14 +121,15 @@ def _tile(k: Given, columns: int, vectors: int) -> Moved:
     tiles = sum(-(-min(columns, vocab - at) // n) for at in range(0, vocab, columns))
     asked = blocks * tiles * (m + n) * width * size
     read = hidden + groups * weight + rows * vectors + bias
-    again = asked - hidden - groups * weight + (parts - 1) * rows * vectors + (blocks - 1) * bias
+    again = asked - hidden - groups * weight + (blocks - 1) * bias
+    again += rows * ((parts - 1) * vectors + tiles * each)
     depth = -(-width // k["K"]) * k["K"]
     return Moved(read, 0, 2 * blocks * m * tiles * n * depth, size, again)
 
 
 @model("_linear_stats_kernel")
 def _linear_stats(k: Given) -> Moved:
-    return _tile(k, k["SPAN"], 8)._replace(written=k.bytes("state"))
+    return _tile(k, k["SPAN"], 8, 8)._replace(written=k.bytes("state"))
 
 
 @model("_linear_grad_kernel")
