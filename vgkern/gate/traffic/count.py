@@ -70,8 +70,8 @@ class Count:
 
 
 def count(call: Callable[[], Any], backend: str, live: int | None = None) -> Count:
-    """What `call` does on `backend` ("triton" or "cuda"). It gets its tensors from `tensor`, before
-    it is called or in it. `live`: of the rows, those that `nonzero` finds; None: all of them."""
+    """What `call`, which makes its tensors by `tensor`, does on `backend` ("triton" or "cuda").
+    `live`: how many rows `nonzero` finds; None: all of them."""
     if backend not in ("triton", "cuda"):
         raise ValueError(f"backend: got {backend!r}; allowed: 'triton', 'cuda'")
     found = Count()
