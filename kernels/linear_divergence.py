@@ -34,7 +34,7 @@ def linear_divergence_fwd(
 ):
     """divergence, entropy, lse, teacher_lse, inner, each fp32 [N]; 0 where masked."""
     rows, vocab = hidden.shape[0], weight.shape[0]
-    kept = live.kept(hidden, vocab, row_mask)
+    kept = live.kept(hidden, vocab, lambda: row_mask)
     mine = (live.taken(x, kept) for x in (hidden, teacher_hidden, row_mask))
     hidden, teacher_hidden, row_mask = mine
     count = hidden.shape[0]
@@ -48,6 +48,7 @@ def linear_divergence_fwd(
                 teacher_softcap, KIND=kind, SOFTCAP=softcap != 0, T_SOFTCAP=teacher_softcap != 0,
                 **launch(vocab, per_thread=8)
             )  # fmt: skip
+        del z, t  # before the next chunk's are made
     return tuple(x.clone() if kept is None else live.spread(x, kept, rows) for x in out)
 
 
@@ -75,7 +76,7 @@ def linear_divergence_bwd(
     dead = ~row_mask | (divergence == torch.inf)
     c, e = (g.masked_fill(dead, 0) for g in (ddivergence, dentropy))
     count, alive = hidden.shape[0], (c != 0) | (e != 0)
-    kept = live.kept(hidden, vocab, alive) if any(needs) else None
+    kept = live.kept(hidden, vocab, lambda: alive) if any(needs) else None
     hidden, teacher_hidden, divergence, lse, teacher_lse, c, e, dead, alive = (
         live.taken(x, kept)
         for x in (hidden, teacher_hidden, divergence, lse, teacher_lse, c, e, dead, alive)
@@ -101,6 +102,7 @@ def linear_divergence_bwd(
                     T_SOFTCAP=teacher_softcap != 0, **launch(vocab, per_thread=8)
                 )  # fmt: skip
             grads.products(part, out, scale)
+            del z, t, out  # before the next chunk's are made
     dhidden, dweight, _ = grads.finish(as_input=True)
     return (live.spread(dhidden, kept, count) if needs[0] else dhidden), dweight
 

@@ -22,9 +22,10 @@ BYTES = 3.0e12
 
 def recompute_pays(hidden_width, element_size=2):
     """Whether the logits of 16-bit inputs are cheaper to compute again than to keep in fp32, both
-    at the rates above: up to H = 1580. Were a tile to reach 70 % of them, it would pay up to 850, and
-    up to 2450 where the logits are computed again either way, as in linear_token_logprobs. Never for
-    fp32, whose products have other rates and whose gradient is not narrower than the logits."""
+    at the rates above: up to H = 1580. Were a tile to reach 70 % of them, it would pay up to 850,
+    and up to 2450 where the logits are computed again either way, as in linear_token_logprobs.
+    Never for fp32, whose products have other rates and whose gradient is not narrower than the
+    logits."""
     if element_size != 2:
         return False
     return 2 * hidden_width / FLOPS < 12 / BYTES

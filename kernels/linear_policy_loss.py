@@ -63,7 +63,7 @@ class _Loss:
         advantages, row_weight = given[:2]
         always = objective[6] != 0 or objective[13] != 0  # KL, entropy
         self.count = count
-        self.kept = live.kept(hidden, vocab, live.alive(advantages, row_weight, always))
+        self.kept = live.kept(hidden, vocab, lambda: live.alive(advantages, row_weight, always))
         hidden, targets, *self.mine = (live.taken(x, self.kept) for x in (hidden, targets, *given))
         replaced = live.replaced if rows is row_kernels else live.replaced_by_torch
         copy = needs[1] and self.kept is None
@@ -94,6 +94,7 @@ class _Loss:
             )  # fmt: skip
             if dz is not None:
                 grads.products(part, dz, up)
+            del logits, dz  # before the next chunk's are made
         logp = self.spread(logp)
         _, _, partial = self.terms(logp, self.spread(entropy))
         loss, counts = self.policy.totals(partial)
@@ -110,7 +111,7 @@ class _Loss:
         c, e = live.taken(c, self.kept), live.taken(e, self.kept)
         rows = (self.hidden, self.targets, logp, entropy, lse, c, e)
         # of the rows that are here, those that the objective has left a gradient
-        moved = live.kept(self.hidden, self.weight.shape[0], (c != 0) | (e != 0))
+        moved = live.kept(self.hidden, self.weight.shape[0], lambda: (c != 0) | (e != 0))
         hidden, *rows, c, e = (live.taken(x, moved) for x in rows)
         self.kept = moved if self.kept is None else live.taken(self.kept, moved)
         grads = self.grads(hidden)
@@ -123,6 +124,7 @@ class _Loss:
                 *self.scalars, IGNORED, dz
             )  # fmt: skip
             grads.products(part, dz, None if scale is None else scale[part])
+            del dz  # before the next chunk's is made
         return loss, full, counts, *self.finish(grads)
 
     def grads(self, hidden):
@@ -153,8 +155,7 @@ def _with_costate(
     costates = linear.Costates(*third)
     # a row that is read for its costate alone: a NaN there would spoil the gradients unseen
     carried = costates.live & ~alive
-    targets = targets.where((targets >= 0) & (targets < vocab), live.STRAY)
-    targets = targets.masked_fill(~(alive | carried), IGNORED)
+    targets = live.in_vocab(targets, vocab).masked_fill_(~(alive | carried), IGNORED)
     spoiled = torch.zeros((), dtype=torch.bool, device=hidden.device)
     if needs[1]:
         hidden = linear.clean(hidden, alive | carried)
@@ -171,6 +172,7 @@ def _with_costate(
         partials.append(partial)
         if logits.shape[0]:
             grads.add(part, logits, targets[part], *stats, c[:, 0], e[:, 0], costates)
+        del logits
     loss, counts = policy.totals(torch.cat(partials))
     loss = loss.masked_fill(spoiled, torch.nan)
     return loss, logp, counts, *grads.finish(as_input=False)

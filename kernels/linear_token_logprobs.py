@@ -32,7 +32,7 @@ def linear_logprobs_fwd(
     rows=row_kernels,
 ):
     count = hidden.shape[0]
-    kept = live.kept(hidden, weight.shape[0], targets != ignore_index)
+    kept = live.kept(hidden, weight.shape[0], lambda: targets != ignore_index)
     hidden, targets = live.taken(hidden, kept), live.taken(targets, kept)
     head = (hidden, weight, bias, targets, temperature, softcap, ignore_index)
     return tuple(live.spread(x, kept, count) for x in statistics(*head, rows))
@@ -91,7 +91,7 @@ def linear_logprobs_bwd(
     if costate is not None:
         alive |= (costate != 0).any(-1)
         costate_scale = costate_scale.expand(count)
-    kept = live.kept(hidden, weight.shape[0], alive) if any(needs) else None
+    kept = live.kept(hidden, weight.shape[0], lambda: alive) if any(needs) else None
     hidden, targets, logp, entropy, lse, c, e, alive = (
         live.taken(x, kept) for x in (hidden, targets, logp, entropy, lse, c, e, alive)
     )
@@ -114,10 +114,12 @@ def linear_logprobs_bwd(
                     softcap, ignore_index, room(hidden[part], vocab)
                 )  # fmt: skip
                 grads.products(part, dz, None if scale is None else scale[part])
+                del dz  # before the next chunk's is made
         else:
             for part in linear.chunks(n, (1 if costate is None else 2) * vocab, hidden.device):
                 logits = linear.mm32(hidden[part], weight.t())
                 grads.add(part, logits, *(x[part] for x in (*given, c, e)), costates)
+                del logits
     dhidden, *others = grads.finish(as_input=True, fp32_dhidden=fp32_dhidden)
     return (live.spread(dhidden, kept, count) if needs[0] else dhidden), *others
 
@@ -190,6 +192,7 @@ def linear_truncated_logprobs_bwd(
                 top_p, min_p, linear.beside(logits, hidden.dtype)
             )  # fmt: skip
             grads.products(part, dz, scale)
+            del logits, dz
     return grads.finish(as_input=True)
 
 

@@ -33,8 +33,8 @@ def which(live):
 
 
 def kept(hidden, vocab, live):
-    """`which`, if it may be asked; else None: all rows are multiplied."""
-    return which(live) if looks(hidden, vocab) else None
+    """`which` of live(), if it may be asked; else None: all rows are multiplied."""
+    return which(live()) if looks(hidden, vocab) else None
 
 
 def taken(x, rows):
@@ -68,8 +68,13 @@ def replaced(hidden, targets, advantages, row_weight, vocab, always, copy):
 def replaced_by_torch(hidden, targets, advantages, row_weight, vocab, always, copy):
     """`replaced`, where no Triton runs."""
     live = alive(advantages, row_weight, always)
-    y = targets.where((targets >= 0) & (targets < vocab), STRAY).where(live, IGNORED)
+    y = in_vocab(targets, vocab).masked_fill_(~live, IGNORED)
     return (hidden.masked_fill(~live[:, None], 0) if copy else hidden), y
+
+
+def in_vocab(targets, vocab):
+    """Targets, STRAY where they are no id."""
+    return targets.masked_fill((targets < 0) | (targets >= vocab), STRAY)
 
 
 def alive(advantages, row_weight, always):

@@ -33,7 +33,7 @@ def noisy_embedding_bwd(
     rows=row_kernels,
 ):
     live = (dx != 0).any(-1)
-    kept = live_rows.kept(hidden, weight.shape[0], live) if any(needs[:3]) else None
+    kept = live_rows.kept(hidden, weight.shape[0], lambda: live) if any(needs[:3]) else None
     mine = (live_rows.taken(x, kept) for x in (hidden, dx, sequence, position, live))
     h, lam, sequence, position, there = mine
     h = linear.clean(h, there) if needs[1] else h
@@ -45,6 +45,7 @@ def noisy_embedding_bwd(
         for part in linear.chunks(h.shape[0], 2 * weight.shape[0], hidden.device):
             logits = linear.mm32(h[part], weight.t())
             grads.add(part, logits, None, None, None, None, None, None, costates)
+            del logits  # before the next chunk's are made
     table = embedding.new_empty(0)
     if needs[3]:
         table = getattr(rows, "table_grad", _table_grad)(embedding, tokens, dx, live)

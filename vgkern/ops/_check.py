@@ -112,6 +112,14 @@ def target_range(name: str, x: Tensor, vocab: int, live: Tensor | None) -> Tenso
     return x
 
 
+def kernel_targets(name: str, x: Tensor, vocab: int, ignore_index: int, backend: str) -> Tensor:
+    """`target_range` for kernels of a GPU, where it cannot look: they make NaN of any id outside
+    [0, V) but V itself, which stands for one on another shard."""
+    if backend not in ("triton", "cuda") or can_look(x.device):
+        return target_range(name, x, vocab, x != ignore_index)
+    return x if ignore_index == vocab else x.masked_fill(x == vocab, LOST)
+
+
 def no_nan(name: str, x: Tensor, what: str) -> None:
     """One exception that names the first row (CPU only)."""
     if can_look(x.device) and bool(x.isnan().any()):

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vgkern.ops import _check
 
-
 # A table: Dynamo of torch 2.11 cannot trace torch.amp.is_autocast_available
 AUTOCASTS = ("cpu", "cuda", "xpu", "mps")
 

@@ -172,7 +172,7 @@ def linear_token_logprobs(
     shape = hidden.shape[:-1]
     targets = _check.targets("targets", targets, shape)
     _check.same_device(hidden=hidden, targets=targets)
-    cap, live, vocab = _check.softcap(softcap), targets != ignore_index, weight.shape[0]
+    cap, vocab = _check.softcap(softcap), weight.shape[0]
     cut = cuts(top_k, top_p, min_p, vocab)
     also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
     chosen = choose(backend, device, hidden.dtype, *also)
@@ -193,12 +193,12 @@ def linear_token_logprobs(
         scalars = (_check.positive("temperature", temperature), cap, ignore_index)
         ends = parallel.shard_ends(group, weight)
         if _check.can_look(device):
-            _check.target_range("targets", targets, int(ends[-1]), live)
+            _check.target_range("targets", targets, int(ends[-1]), targets != ignore_index)
         out = parallel.VocabParallelFunction.apply(
             chosen, group, h2, hw, bias, targets.reshape(-1), ends, scalars
         )
     elif names:
-        targets = _check.target_range("targets", targets, vocab, live)
+        targets = _check.kernel_targets("targets", targets, vocab, ignore_index, chosen)
         t = temperatures(temperature, shape, device)
         if chosen == "torch":
             rows = (t.view(shape), cap, ignore_index, cut)
@@ -209,8 +209,10 @@ def linear_token_logprobs(
             )
     else:
         scalars = (_check.positive("temperature", temperature), cap, ignore_index)
-        targets = _check.target_range("targets", targets, vocab, live)
-        carried = carried_rows(costate, live, weight)
+        targets = _check.kernel_targets("targets", targets, vocab, ignore_index, chosen)
+        carried = (
+            None if costate is None else carried_rows(costate, targets != ignore_index, weight)
+        )
         out = scored(chosen, hidden, h2, hw, bias, targets, scalars, carried)
         if carried is not None:
             out = attached(*out)

@@ -99,9 +99,8 @@ def token_logprobs(
     targets = _check.targets("targets", targets, logits.shape[:-1])
     device = _check.same_device(logits=logits, targets=targets)
     scalars = (_check.positive("temperature", temperature), _check.softcap(softcap), ignore_index)
-    live = targets != ignore_index
-    targets = _check.target_range("targets", targets, logits.shape[-1], live)
     chosen = choose(backend, device, logits.dtype)
+    targets = _check.kernel_targets("targets", targets, logits.shape[-1], ignore_index, chosen)
     if chosen == "torch":
         out = token_logprobs_ref(logits, targets, *scalars)
     else:

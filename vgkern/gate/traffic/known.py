@@ -64,8 +64,6 @@ LAUNCHES = {
     """,
     "which rows are alive is made out, looked at or not, and the others are left out": """
         linear_policy_loss full 8192x576x49152 triton 30
-        linear_policy_loss full 1024x256x512 triton 24
-        linear_policy_loss frozen 1024x256x512 triton 22
         linear_policy_loss half-live 8192x4096x131072 triton 34
     """,
     "targets out of range take six operators, rows without a gradient as many": """
@@ -109,11 +107,7 @@ LAUNCHES = {
         linear_divergence both 8192x576x49152x960 triton 54
     """,
 }
-PEAK = {
-    "a chunk's logits are still held when those of the next one are made": """
-        linear_policy_loss full 8192x4096x131072 any 6.19
-    """,
-}
+PEAK: dict[str, str] = {}
 
 
 def known(call: Call, backend: str) -> Known:
