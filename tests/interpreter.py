@@ -158,7 +158,9 @@ def _dot(self, a, b, acc, precision, _):
     if a.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.TF32:
         x, y = _to_tf32(x), _to_tf32(y)
     TRAFFIC.flops += 2 * x.size * y.shape[-1]
-    out = np.matmul(x, y) + _widened(acc)
+    # in fp64: in fp32 some BLAS adds up a row's products in an order that depends on its place
+    out = np.matmul(x.astype(np.float64), y.astype(np.float64)).astype(np.float32)
+    out = out + _widened(acc)
     if _is_bf16(acc):
         return Handle(to_bf16(out), tl.bfloat16)
     return Handle(out.astype(acc.data.dtype), acc.dtype.scalar)
