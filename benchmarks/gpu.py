@@ -6,7 +6,7 @@
     python3 benchmarks/gpu.py readme                 the README's section, from those results
 
 It needs python3 with torch, and nvcc for the CUDA kernels: no network, no installation. Each phase
-is a process (`python3 -m vgkern.gpu PHASE`) in a process group of its own that is killed at its time
+is a process (`python3 -m vgkern.gpu PHASE`) in a process group of its own, killed at its time
 limit; one that crashes or hangs costs itself only. DIR gets gpu.jsonl (a line a fact, written as it
 is found), table.txt (written anew after every phase), log.txt, and by the phases kernels.json,
 pytest.xml, profile.json and train.csv. Ends with 0 if and only if every check held.
@@ -34,6 +34,7 @@ import gpu_report  # noqa: E402  beside this file; the standard library only
 
 NO_GPU = 3  # of a phase: torch sees no GPU
 SPARE = 15  # seconds kept for what comes after a phase
+LEAST = 3  # with less no phase begins
 LOG_BYTES = 8 << 20
 DRY_LIMIT = 300
 
@@ -61,6 +62,7 @@ class Run:
         self.end = time.monotonic() + budget
         self.live: list[subprocess.Popen] = []
         self.no_gpu = False
+        self.lock = threading.Lock()
         out.mkdir(parents=True, exist_ok=True)
         self.facts = out / "gpu.jsonl"
 
@@ -69,8 +71,11 @@ class Run:
 
     def fact(self, phase: str, metric: str, value: object, ok: bool | None, why: str = "") -> None:
         line = gpu_report.fact(phase, metric, value, ok, why)
-        with self.facts.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.lock, self.facts.open("ab+") as file:
+            end = file.tell()
+            file.seek(max(end - 1, 0))
+            half = end > 0 and file.read(1) != b"\n"  # by a phase that was killed
+            file.write(b"\n" * half + json.dumps(line).encode() + b"\n")
 
     def start(self, resume: bool, phases: list[Phase]) -> list[Phase]:
         """What is left to do; facts of what will be done again are dropped."""
@@ -102,7 +107,7 @@ class Run:
 
     def one(self, phase: Phase, env: dict[str, str]) -> None:
         limit = min(phase.limit, self.left() - SPARE)
-        if limit < 3:
+        if limit < LEAST:
             self.fact(phase.name, "phase", None, False, "not begun: no time left")
             return
         print(f"== {phase.name}, {limit:.0f} s at most", flush=True)
@@ -127,7 +132,7 @@ class Run:
             self.missing(phase.name)
 
     def wait(self, process: subprocess.Popen, limit: float) -> str:
-        """"" or why it was killed; nothing of its group is left."""
+        """ "" or why it was killed; nothing of its group is left."""
         end, why = time.monotonic() + limit, ""
         log = self.out / "log.txt"
         while process.poll() is None:
@@ -229,7 +234,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--budget", type=float, default=540, help="seconds; 200: the first half")
     parser.add_argument("--phases", default="", help=",".join(p.name for p in PHASES))
-    parser.add_argument("--resume", action="store_true", help="leave out the phases that ended well")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out the phases that ended well"
+    )
     parser.add_argument("--dry", action="store_true", help="toy sizes, without a GPU")
     asked = parser.parse_args(given)
     wanted = [x for x in asked.phases.split(",") if x]

@@ -3,6 +3,7 @@
 The standard library only: benchmarks/gpu.py writes the table also after a phase was killed.
 """
 
+import functools
 import json
 import re
 import runpy
@@ -43,6 +44,7 @@ def name_of(f: Fact) -> str:
     return " | ".join(str(f[k]) for k in ("phase", "op", "backend", "dtype", "metric"))
 
 
+@functools.cache
 def expected(phase: str) -> list[str]:
     """The names that a phase must have written."""
     text: str = runpy.run_path(str(ROOT / "vgkern/gpu/expected.py"))["EXPECTED"]
@@ -50,6 +52,7 @@ def expected(phase: str) -> list[str]:
     return [line for line in lines if line.startswith(f"{phase} | ")]
 
 
+@functools.cache
 def predictions() -> list[dict[str, Any]]:
     return list(runpy.run_path(str(ROOT / "vgkern/gpu/predictions.py"))["PREDICTIONS"])
 
@@ -230,40 +233,48 @@ def with_section(page: str, text: str) -> str:
 
 
 WITHOUT = """\
-**What is verified without a GPU**, on every change: the Triton kernels run interpreted, with bounds and races checked,
-and the CUDA kernels run emulated on the host, under several schedules and under the address and undefined-behaviour
-sanitizers, both held to the same error bound as every backend; every kernel is compiled as its launcher would
-launch it for sm_80, sm_90, sm_100 and sm_120 (Triton 3.9 and 3.6, nvcc 13) under limits on registers, spills,
-shared memory, occupancy and tensor-core instructions. `python -m vgkern doctor --kernels` prints
-that table on any machine; [docs/gpu-status.md](docs/gpu-status.md) says what each check cannot see."""
+**What is verified without a GPU**, on every change: the Triton kernels run interpreted, with bounds
+and races checked, and the CUDA kernels run emulated on the host, under several schedules and under
+the address and undefined-behaviour sanitizers, both held to the same error bound as every backend;
+every kernel is compiled as its launcher would launch it for sm_80, sm_90, sm_100 and sm_120 (Triton
+3.9 and 3.6, nvcc 13) under limits on registers, spills, shared memory, occupancy and tensor-core
+instructions. `python -m vgkern doctor --kernels` prints that table on any machine;
+[docs/gpu-status.md](docs/gpu-status.md) says what each check cannot see."""
 NOTHING = """\
-**No GPU has run this code yet, and no GPU timing is claimed.** On a machine with one, `make gpu OUT=dir` measures
-everything in about 9 minutes (`BUDGET=200` the first half): every op against fp64 on the device, tokens equal
-across backends, CUDA graphs, streams, memory, and times against the bare matrix products and the libraries that are
-installed. It needs `python3` with torch and nvcc, no network, and writes `dir/table.txt`."""
+**No GPU has run this code yet, and no GPU timing is claimed.** On a machine with one,
+`make gpu OUT=dir` measures everything in about 9 minutes (`BUDGET=200`: the first half): every op
+against fp64 on the device, tokens equal across backends, CUDA graphs, streams, memory, and times
+against the bare matrix products and the libraries that are installed. It needs `python3` with
+torch, and nvcc, and no network; the result to read is `dir/table.txt`."""
 
 
-def section(results: Path = RESULTS) -> str:
+def section(results: Path | None = None) -> str:
     """The README's words on GPUs: what was measured on each, or that none was."""
-    found = sorted(results.glob("*/gpu.jsonl"))
+    found = sorted((results or RESULTS).glob("*/gpu.jsonl"))
     if not found:
         return f"{NOTHING}\n\n{WITHOUT}"
     return "\n\n".join([*(measured(path) for path in found), WITHOUT])
+
+
+HEAD = (
+    "`linear_policy_loss`, forward and backward, bf16, (N, H, V)", "ms", "predicted",
+    "x bare GEMMs", "eager / vgkern", "compile / vgkern", "Liger / vgkern",
+    "peak extra MiB (eager)",
+)  # fmt: skip
 
 
 def measured(path: Path) -> str:
     facts = read(path)
     of = {(f["op"], f["metric"]): f["value"] for f in facts if f["phase"] == "facts"}
     where = f"benchmarks/results/{path.parent.name}/table.txt"
+    versions = f"torch {of.get(('version', 'torch'))}, Triton {of.get(('version', 'triton'))}"
     lines = [
-        f"**Measured on one {of.get(('machine', 'gpu'))}**, torch {of.get(('version', 'torch'))}, Triton "
-        f"{of.get(('version', 'triton'))}, by `make gpu OUT=dir`: {summary(facts).splitlines()[0]}. "
-        f"All of it, with every failed check: `{where}`.",
+        f"**Measured on one {of.get(('machine', 'gpu'))}**, {versions}, by `make gpu OUT=dir`: "
+        f"{summary(facts).splitlines()[0]}. All of it, with every failed check: `{where}`.",
         "",
-        "| `linear_policy_loss`, forward and backward, bf16, (N, H, V) | ms | predicted | x bare GEMMs "
-        "| eager / vgkern | compile / vgkern | Liger / vgkern | peak extra MiB (eager) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        f"| {' | '.join(HEAD)} |",
+        f"|{'---|' * len(HEAD)}",
+    ]
     loss = [f for f in facts if f["phase"] == "timing" and f["op"] == "linear_policy_loss"]
     for shape in dict.fromkeys(f["shape"] for f in loss):
         lines.append(row_of([f for f in loss if f["shape"] == shape], shape))
@@ -284,7 +295,8 @@ def row_of(facts: list[Fact], shape: str) -> str:
         return f"{a / b:.2f}" if a and b else "-"
 
     cells = [
-        f"({', '.join(shape.split('x'))})", number(own), number(prediction[0] if prediction else None),
+        f"({', '.join(shape.split('x'))})",
+        number(own), number(prediction[0] if prediction else None),
         over(own, ms.get("3 gemms")), over(ms.get("eager"), own), over(ms.get("compile"), own),
         over(ms.get("Liger"), own), f"{number(peak.get('triton'))} ({number(peak.get('eager'))})",
     ]  # fmt: skip
@@ -296,8 +308,9 @@ def names(out: str = "", *_: str) -> int:
     facts = [f for f in read(Path(out) / "gpu.jsonl") if f["metric"] not in ("phase", "missing")]
     kept = [f for f in facts if not f"{f['op']} ".startswith(OPTIONAL) or f["metric"] == "steps"]
     lines = "\n".join(dict.fromkeys(name_of(f) for f in kept))
-    text = f'"""What every run must have measured: phase | op | backend | dtype | metric.\n\nWritten by '
-    text += f'`benchmarks/gpu.py names DIR` from a dry run.\n"""\n\nEXPECTED = """\n{lines}\n"""\n'
+    title = "What every run must have measured: phase | op | backend | dtype | metric."
+    made = "Written by `benchmarks/gpu.py names DIR` from a dry run."
+    text = f'"""{title}\n\n{made}\n"""\n\nEXPECTED = """\n{lines}\n"""\n'
     (ROOT / "vgkern/gpu/expected.py").write_text(text)
     return 0
 

@@ -1,8 +1,8 @@
 """A worker of the phase build: its share of Triton's kernels, into the cache.
 
-First the launches of `vgkern.gate.launches`, compiled from their signatures for this GPU, then calls
-of the ops as the phases smoke and graphs make them. kernels.json: registers and spills as the driver
-loads them, the milliseconds of the compiler.
+First the launches of `vgkern.gate.launches`, compiled from their signatures for this GPU, then
+calls of the ops as the phases smoke and graphs make them. kernels.json: registers and spills as the
+driver loads them, the milliseconds of the compiler.
 """
 
 import json
@@ -42,7 +42,7 @@ def compiled(phase: Phase, every: list, broken: list[str]) -> list[dict[str, Any
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
     wanted, rows = record.record(mine(phase, every), arch)
-    broken += [f"{row.kernel} {row.launch}: {row.faults}" for row in rows]
+    broken += [f"{row.kernel} {row.launch}: {row.problems}" for row in rows]
     target, kernels = GPUTarget("cuda", arch, 32), []
     for item in wanted:
         began = time.monotonic()

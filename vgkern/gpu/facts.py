@@ -4,7 +4,6 @@ a loss has. They are the floors of everything timed."""
 import os
 import platform
 import subprocess
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from vgkern.gpu.device import Phase
 from vgkern.gpu.record import DTYPES, SHORT, said
-from vgkern.gpu.shapes import LOSS, name_of
+from vgkern.gpu.shapes import loss_shapes, name_of
 
 F32, BF16 = torch.float32, torch.bfloat16
 PACKAGES = ("torch", "triton", "numpy", "transformers", "pytest", "pytest-xdist", "hypothesis",
@@ -31,8 +30,7 @@ def run(phase: Phase) -> None:
             phase.fact("version", package, why="not installed")
     ceilings(phase)
     side = 64 if phase.dry else 8192
-    squares = {"bf16": BF16, "fp16": DTYPES["fp16"], "fp32": F32}
-    for name, dtype in squares.items():
+    for dtype in (BF16, DTYPES["fp16"], F32):
         product(phase, "ceiling", (side, side, side), dtype, dtype)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -90,7 +88,7 @@ def product(
 ) -> None:  # fmt: skip
     """TFLOP/s of an [M, K] by [K, N] product, `transposed`: the operands that are views."""
     m, n, k = sizes
-    at = {"dtype": SHORT[dtype], "shape": name_of(sizes)}
+    at: dict[str, Any] = {"dtype": SHORT[dtype], "shape": name_of(sizes)}
     metric = "TFLOP/s"
     try:
         a = torch.randn(*((k, m) if "a" in transposed else (m, k)), device=phase.device).to(dtype)
@@ -116,7 +114,7 @@ def multiply(phase: Phase, out: Tensor, a: Tensor, b: Tensor, add: bool) -> Any:
 
 def real_shapes(phase: Phase) -> None:
     """The three products of a loss, whole and by chunks of rows; fp32 sums of 16-bit factors."""
-    for n, h, v in (LOSS(phase)["large"], LOSS(phase)["small H"]):
+    for n, h, v in (loss_shapes(phase)["large"], loss_shapes(phase)["small H"]):
         for rows in (n, n // 4, n // 16):
             rows = max(rows, 1)
             product(phase, "GEMM logits", (rows, v, h), BF16, F32, transposed="b")

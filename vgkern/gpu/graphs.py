@@ -1,6 +1,7 @@
 """Phase 5: CUDA graphs of every op, side streams, autocast, TF32, torch.compile, 2^31 logits."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,25 @@ from vgkern.gpu.device import Phase
 
 F32 = torch.float32
 
+
 def run(phase: Phase) -> None:
     phase.oracle()
     for op in calls.CASES:
         case = calls.chosen(phase, op)[0]
         for backend in phase.backends(op):
-            at = {"backend": backend, "dtype": "fp32", "shape": case.name, "floor": NEAR[F32]}
-            phase.check(op, "graph", lambda c=case, b=backend: graph(phase, c, b), **at)
-            phase.check(op, "side_stream", lambda c=case, b=backend: stream(phase, c, b), **at)
+            at: dict[str, Any] = {
+                "backend": backend,
+                "dtype": "fp32",
+                "shape": case.name,
+                "floor": NEAR[F32],
+            }
+            phase.check(op, "graph", partial(graph, phase, case, backend), **at)
+            phase.check(op, "side_stream", partial(stream, phase, case, backend), **at)
     for op in calls.CASES:
         case = calls.chosen(phase, op)[0]
         for backend in phase.backends(op):
             at = {"backend": backend, "dtype": "fp32", "shape": case.name, "floor": NEAR[F32]}
-            phase.check(op, "fullgraph", lambda c=case, b=backend: fullgraph(phase, c, b), **at)
+            phase.check(op, "fullgraph", partial(fullgraph, phase, case, backend), **at)
     modes.run(phase)
 
 

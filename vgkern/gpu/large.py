@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vgkern
 from vgkern.gpu.device import Phase
-from vgkern.gpu.shapes import LOSS, loss_inputs, name_of
+from vgkern.gpu.shapes import loss_inputs, loss_shapes, name_of
 
 FEW = 48  # rows of dhidden, and ids of dweight, that are held to fp64
 BLOCK = 512  # rows of fp64 logits at a time
@@ -24,7 +24,7 @@ ALLOWED = 2.0**-7  # twice a unit in the last place of bf16, in norm: docs/numer
 
 def loss(phase: Phase, backend: str) -> None:
     for name in ("large", "small H"):
-        shape = LOSS(phase)[name]
+        shape = loss_shapes(phase)[name]
         at = {"backend": backend, "dtype": "bf16", "shape": name_of(shape), "floor": ALLOWED}
         found: dict[str, float] = {}
 

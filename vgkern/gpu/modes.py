@@ -1,5 +1,6 @@
 """What a program switches on around an op: autocast, TF32, cudagraph trees; and 2^31 logits."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +17,20 @@ SAMPLER = 1e-4  # nats between sampler and scorer: what the trainer warns at
 
 def run(phase: Phase) -> None:
     for backend in phase.backends("linear_policy_loss"):
-        at = {"backend": backend, "dtype": "fp32"}
+        at: dict[str, Any] = {"backend": backend, "dtype": "fp32"}
         check = {
-            "autocast": lambda b=backend: autocast(phase, b),
-            "autocast_mixed": lambda b=backend: mixed(phase, b),
-            "reduce_overhead": lambda b=backend: reduce_overhead(phase, b),
+            "autocast": partial(autocast, phase, backend),
+            "autocast_mixed": partial(mixed, phase, backend),
+            "reduce_overhead": partial(reduce_overhead, phase, backend),
         }
         for metric, measure in check.items():
             phase.check("linear_policy_loss", metric, measure, **at)
         phase.check("linear_token_logprobs", "high_precision_sum",
-                    lambda b=backend: tf32_sum(phase, b), floor=SUM, **at)  # fmt: skip
+                    partial(tf32_sum, phase, backend), floor=SUM, **at)  # fmt: skip
         phase.check("linear_sample", "high_precision_gap",
-                    lambda b=backend: tf32_gap(phase, b), floor=SAMPLER, **at)  # fmt: skip
+                    partial(tf32_gap, phase, backend), floor=SAMPLER, **at)  # fmt: skip
         phase.check("token_logprobs", "beyond_2^31",
-                    lambda b=backend: beyond(phase, b), backend=backend, dtype="bf16")  # fmt: skip
+                    partial(beyond, phase, backend), backend=backend, dtype="bf16")  # fmt: skip
 
 
 def batch(phase: Phase, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def reduce_overhead(phase: Phase, backend: str) -> tuple:
     how: dict[str, Any] = {"backend": "eager"} if phase.dry else {"mode": "reduce-overhead"}
 
     def step(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
-        given = {"objective": "dapo", "backend": backend}
+        given: dict[str, Any] = {"objective": "dapo", "backend": backend}
         return 1.5 * vgkern.linear_policy_loss(hidden, weight, targets, advantages, **given).loss
 
     compiled = torch.compile(step, fullgraph=True, **how)
@@ -95,7 +96,9 @@ def reduce_overhead(phase: Phase, backend: str) -> tuple:
             out = function(**x)
             grads = torch.autograd.grad(out, leaves)
             names = ("loss", "dhidden", "dweight")
-            results.append({k: t.detach().clone() for k, t in zip(names, (out, *grads), strict=True)})
+            results.append(
+                {k: t.detach().clone() for k, t in zip(names, (out, *grads), strict=True)}
+            )
         worst, where = max((worst, where), apart(*results))
     return worst, worst <= NEAR[F32], where
 

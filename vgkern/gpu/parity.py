@@ -57,4 +57,6 @@ def counts(phase: Phase, report: Path, status: int) -> None:
             message = next((c.get("message", "") for c in case if c.get("message")), "")
             phase.fact("pytest", f"{kind} test", shape=case.get("name", ""), why=message, ok=False)
     good = len(kinds["passed"]) > 0 and status == 0
-    phase.fact("pytest", "passed", len(kinds["passed"]), ok=good, why="" if good else f"exit {status}")
+    phase.fact(
+        "pytest", "passed", len(kinds["passed"]), ok=good, why="" if good else f"exit {status}"
+    )

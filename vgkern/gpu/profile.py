@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vgkern.gpu.device import Phase
 from vgkern.gpu.record import said
-from vgkern.gpu.shapes import LOSS, loss_inputs, name_of
+from vgkern.gpu.shapes import loss_inputs, loss_shapes, name_of
 from vgkern.gpu.timing_loss import gradients, ours
 
 TOP = 12
@@ -22,10 +23,10 @@ def run(phase: Phase) -> None:
     phase.oracle()
     found = []
     for name in ("large", "small H"):
-        shape = LOSS(phase)[name]
+        shape = loss_shapes(phase)[name]
         x = loss_inputs(phase, shape, torch.bfloat16)
         for backend in phase.backends("linear_policy_loss"):
-            at = {"backend": backend, "dtype": "bf16", "shape": name_of(shape)}
+            at: dict[str, Any] = {"backend": backend, "dtype": "bf16", "shape": name_of(shape)}
             try:
                 call = gradients(ours(backend), x, ("hidden", "weight"))
                 rows = by_kernel(phase.kernels(call))
@@ -65,7 +66,7 @@ torch.cuda.synchronize()
 
 
 def counters(phase: Phase) -> None:
-    """What share of the memory's bandwidth the row kernels reach, by the hardware's own counters."""
+    """What share of the memory's bandwidth the row kernels reach, by the hardware's counters."""
     usual = Path("/usr/local/cuda/bin/ncu")
     ncu = shutil.which("ncu") or (str(usual) if usual.is_file() else None)
     if ncu is None or phase.dry or phase.left() < 20:

@@ -21,7 +21,8 @@ SEQUENCE = 256  # tokens
 ROTATE = 4 * 50 * 2**20  # bytes that copies of the inputs take together: more than any L2
 
 
-def LOSS(phase: Phase) -> dict[str, Shape]:  # noqa: N802  the shapes of this run
+def loss_shapes(phase: Phase) -> dict[str, Shape]:
+    """By name: those of this run."""
     return TOY if phase.dry else REAL
 
 

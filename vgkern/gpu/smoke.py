@@ -4,6 +4,7 @@ Memory that is not written to is NaN throughout (`torch.utils.deterministic`).
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def work(phase: Phase) -> list[tuple[cases.Case, str, torch.dtype]]:
 def run(phase: Phase) -> None:
     oracle = phase.oracle()
     torch.use_deterministic_algorithms(True, warn_only=True)  # the second half of filling with NaN
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     phase.check("torch.empty", "is_nan", lambda: filled(phase))
     for case, backend, dtype in work(phase):
         measured(phase, oracle, case, backend, dtype, "error_ratio", case.name)
@@ -43,7 +44,7 @@ def run(phase: Phase) -> None:
             chunked(phase, oracle, op, backend)
     for op in calls.CASES:
         for backend in phase.backends(op):
-            phase.check(op, "waits", lambda o=op, b=backend: waits(phase, o, b), backend=backend)
+            phase.check(op, "waits", partial(waits, phase, op, backend), backend=backend)
     for op in ("token_logprobs", *HEADS):
         for backend in phase.backends(op):
             spoiled(phase, op, backend)
@@ -115,8 +116,7 @@ def rows_of(op: str, backend: str, x: dict[str, Tensor]) -> list[Tensor]:
     h, w = x["hidden"].detach().requires_grad_(), x["weight"]
     noise = vgkern.Noise(7, torch.arange(ROWS, device=h.device), torch.zeros_like(x["targets"]))
     if op == "linear_sample":
-        out = vgkern.linear_sample(h, w, noise, backend=backend)
-        return [out.token, out.logp, out.entropy]
+        return list(vgkern.linear_sample(h, w, noise, backend=backend))
     if op == "noisy_embedding":
         e = vgkern.noisy_embedding(h, w, x["other"], x["targets"], noise, backend=backend)
         return [e.detach(), torch.autograd.grad(e.sum(), h)[0]]
@@ -125,7 +125,7 @@ def rows_of(op: str, backend: str, x: dict[str, Tensor]) -> list[Tensor]:
         return [d.detach(), torch.autograd.grad(d.sum(), h)[0]]
     if op == "linear_policy_loss":
         a = torch.ones(ROWS, device=h.device)
-        given = {"objective": "dapo", "backend": backend}
+        given: dict[str, Any] = {"objective": "dapo", "backend": backend}
         loss = vgkern.linear_policy_loss(h, w, x["targets"], a, **given).loss
         return [torch.autograd.grad(loss, h)[0], loss.detach()]
     if op == "token_logprobs":

@@ -1,6 +1,7 @@
 """Phase 4: times, in order of what matters most, each beside its floor and the others' times."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from vgkern.gpu.record import SHORT, said
 from vgkern.gpu.shapes import (
     BATCHES,
     BATCHES_TOY,
-    LOSS,
     SAMPLER,
     SAMPLER_TOY,
     loss_inputs,
+    loss_shapes,
     name_of,
 )
 
@@ -30,12 +31,12 @@ def run(phase: Phase) -> None:
     torch.set_grad_enabled(True)
     timing_loss.run(phase)
     for name in ("large", "small H"):
-        guarded(phase, "linear_token_logprobs", logprobs, LOSS(phase)[name])
+        guarded(phase, "linear_token_logprobs", logprobs, loss_shapes(phase)[name])
     for head in SAMPLER:
         for batch in BATCHES_TOY if phase.dry else BATCHES:
             guarded(phase, "linear_sample", samples, head, batch)
     for name, dtype in (("large", F32), ("large", BF16), ("small H", F32)):
-        guarded(phase, "row_stats", rows, LOSS(phase)[name], dtype)
+        guarded(phase, "row_stats", rows, loss_shapes(phase)[name], dtype)
     for op in ("policy_loss", "group_advantages", "costate_scan", "gaussian_action"):
         guarded(phase, op, alone, op)
 
@@ -55,7 +56,7 @@ def times(
     dtype: torch.dtype, rate: float = 0.0, share: float = 0.5,
 ) -> None:  # fmt: skip
     """A fact in ms each, with the floor in seconds; and of `rate` bytes the GB/s."""
-    at = {"shape": shape, "dtype": SHORT[dtype]}
+    at: dict[str, Any] = {"shape": shape, "dtype": SHORT[dtype]}
     for name, time in interleaved(phase, variants, share).items():
         ms = None if time.seconds is None else 1e3 * time.seconds
         ours = name.split()[0] in ("triton", "cuda") and ms is None and "no time" not in time.why
@@ -90,7 +91,6 @@ def logprobs(phase: Phase, shape: tuple[int, int, int]) -> None:
     }  # fmt: skip
     with torch.no_grad():
         times(phase, "linear_token_logprobs fwd", fwd, product, name_of(shape), BF16, share=0.3)
-    del z
 
     def both(backend: str) -> Call:
         def call() -> Any:
@@ -154,12 +154,10 @@ def rows(phase: Phase, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     back: dict[str, list[Call] | str] = {"copy": [lambda: other.copy_(z)]}
     other = torch.empty_like(z)
     for backend in phase.backends("token_logprobs"):
-        made[backend] = [lambda b=backend: vgkern.token_logprobs(z, y, backend=b)]
+        made[backend] = [partial(vgkern.token_logprobs, z, y, backend=backend)]
         leaf = z.detach().requires_grad_()
         logp = vgkern.token_logprobs(leaf, y, backend=backend).logp.sum()
-        back[backend] = [
-            lambda t=logp, x=leaf: torch.autograd.grad(t, x, retain_graph=True)
-        ]  # fmt: skip
+        back[backend] = [partial(torch.autograd.grad, logp, leaf, retain_graph=True)]
     at = (f"{n}x{v}", dtype)
     times(phase, "row_stats", made, z.nbytes / limits["copy"], *at, rate=z.nbytes, share=0.2)
     times(

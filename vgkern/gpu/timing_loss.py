@@ -2,6 +2,7 @@
 its parts; its launches; its memory."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vgkern.gpu import timing
 from vgkern.gpu.clock import Call
 from vgkern.gpu.device import Phase
 from vgkern.gpu.record import said
-from vgkern.gpu.shapes import LOSS, Shape, copies, loss_inputs, name_of
+from vgkern.gpu.shapes import Shape, copies, loss_inputs, loss_shapes, name_of
 
 BF16 = torch.bfloat16
 OTHERS = ("TRL", "Liger", "cut-cross-entropy")
@@ -22,11 +23,11 @@ Forward = Callable[[dict[str, Any]], Tensor]
 
 
 def run(phase: Phase) -> None:
-    for name, shape in LOSS(phase).items():
+    for name, shape in loss_shapes(phase).items():
         share = {"large": 0.45, "small H": 0.35, "launches": 0.3}[name]
         timing.guarded(phase, "linear_policy_loss", loss, shape, share)
     for name in ("large", "small H"):
-        timing.guarded(phase, "loss part", parts, LOSS(phase)[name])
+        timing.guarded(phase, "loss part", parts, loss_shapes(phase)[name])
 
 
 def loss(phase: Phase, shape: Shape, share: float) -> None:
@@ -38,7 +39,7 @@ def loss(phase: Phase, shape: Shape, share: float) -> None:
     both: dict[str, list[Call] | str] = {"3 gemms": products(phase, inputs, 3)}
     head: dict[str, list[Call] | str] = {"2 gemms": products(phase, inputs, 2)}
     forwards: dict[str, Forward] = {b: ours(b) for b in phase.backends("linear_policy_loss")}
-    forwards["eager"] = lambda x: _first(plain.linear_policy_loss(x))
+    forwards["eager"] = first_of(plain.linear_policy_loss)
     for name, forward in forwards.items():
         both[name] = [gradients(forward, x, ("hidden", "weight")) for x in inputs]
         head[name] = [gradients(forward, x, ("hidden",)) for x in inputs]
@@ -49,9 +50,14 @@ def loss(phase: Phase, shape: Shape, share: float) -> None:
     launches(phase, inputs[0], name_of(shape))
 
 
-def _first(out: Any) -> Tensor:
-    found: Tensor = out[0]
-    return found
+def first_of(function: Callable[[dict[str, Any]], Any]) -> Forward:
+    """The loss of what gives a tuple."""
+
+    def forward(x: dict[str, Any]) -> Tensor:
+        found: Tensor = function(x)[0]
+        return found
+
+    return forward
 
 
 def ours(backend: str) -> Forward:
@@ -94,7 +100,7 @@ def others(phase: Phase, inputs: list[dict[str, Any]]) -> dict[str, list[Call] |
     compiled = torch.compile(
         plain.linear_policy_loss, dynamic=False, backend="eager" if phase.dry else "inductor"
     )
-    found["compile"] = [gradients(lambda y: _first(compiled(y)), x, names) for x in inputs]
+    found["compile"] = [gradients(first_of(compiled), x, names) for x in inputs]
     fused = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if fused is None:
         found["linear_cross_entropy"] = f"torch {torch.__version__} has no linear_cross_entropy"
@@ -110,10 +116,8 @@ def others(phase: Phase, inputs: list[dict[str, Any]]) -> dict[str, list[Call] |
         try:
             rival = next(r for r in rivals.RIVALS if r.name == name)()
             rival.load(phase.device)
-            run_ = rival.forward("linear_policy_loss")
-            found[name] = [
-                gradients(lambda y, f=run_: _first(f(y)), x, names) for x in inputs
-            ]  # fmt: skip
+            found[name] = [gradients(first_of(rival.forward("linear_policy_loss")), x, names)
+                           for x in inputs]  # fmt: skip
         except Exception as error:
             found[name] = said(error)
     return found
@@ -136,7 +140,7 @@ def memory(phase: Phase, forwards: dict[str, Forward], x: dict[str, Any], shape:
 def launches(phase: Phase, x: dict[str, Any], shape: str) -> None:
     """Everything that one call puts on the device, copies and fills included."""
     for name in phase.backends("linear_policy_loss"):
-        at = {"backend": name, "shape": shape, "dtype": "bf16"}
+        at: dict[str, Any] = {"backend": name, "shape": shape, "dtype": "bf16"}
         try:
             found = phase.kernels(gradients(ours(name), x, ("hidden", "weight")))
             count = len(found)
@@ -175,16 +179,15 @@ def parts(phase: Phase, shape: Shape) -> None:
         "dW add_ alone": (lambda: dw.add_(dw), 3 * dw.nbytes / limits["copy"]),
         "dW rounding": (lambda: dw.to(BF16), 1.5 * dw.nbytes / limits["copy"]),
     }  # fmt: skip
-    for backend in phase.backends("token_logprobs"):
-        leaf = z.detach().requires_grad_()
-        logp = vgkern.token_logprobs(leaf, y, backend=backend).logp.sum()
-        of[f"{backend} stats"] = (
-            lambda b=backend: vgkern.token_logprobs(z, y, backend=b),
-            z.nbytes / limits["copy"],
-        )
-        of[f"{backend} grad"] = (
-            lambda t=logp, x=leaf: torch.autograd.grad(t, x, retain_graph=True),
-            2 * z.nbytes / limits["copy"],
-        )
     for name, (call, floor) in of.items():
         timing.times(phase, "loss part", {name: [call]}, floor, *at, share=0.05)
+    for backend in phase.backends("token_logprobs"):  # no product writes over z from here on
+        leaf = z.detach().requires_grad_()
+        logp = vgkern.token_logprobs(leaf, y, backend=backend).logp.sum()
+        row: dict[str, tuple[Call, float]] = {
+            "stats": (partial(vgkern.token_logprobs, z, y, backend=backend), 1),
+            "grad": (partial(torch.autograd.grad, logp, leaf, retain_graph=True), 2),
+        }
+        for name, (call, passes) in row.items():
+            floor = passes * z.nbytes / limits["copy"]
+            timing.times(phase, "loss part", {f"{backend} {name}": [call]}, floor, *at, share=0.05)

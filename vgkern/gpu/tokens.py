@@ -16,7 +16,7 @@ from vgkern.gpu.device import Phase
 from vgkern.gpu.record import SHORT
 
 VOCABS, VOCABS_TOY = (512, 49152, 128256), (32, 48, 64)
-ROWS, ROWS_TOY = 4096, 6
+ROWS, ROWS_TOY = 4096, 3
 WIDTH = 64
 GAP = 1e-4
 PART = 256  # rows of fp64 logits and of 64-bit noise at a time
@@ -113,7 +113,7 @@ def same_bits(phase: Phase, backend: str) -> None:
         x = inputs(phase, (VOCABS_TOY if phase.dry else VOCABS)[1], dtype)
         order = torch.randperm(len(x["hidden"]), generator=torch.Generator().manual_seed(1))
         order = order.to(phase.device)
-        at = {"backend": backend, "dtype": SHORT[dtype], "floor": 0}
+        at: dict[str, Any] = {"backend": backend, "dtype": SHORT[dtype], "floor": 0}
         for op, function in {
             "linear_sample": sampled, "linear_token_logprobs": scored, "linear_policy_loss": loss,
         }.items():  # fmt: skip
@@ -164,7 +164,7 @@ def scored(x: dict[str, Any], backend: str) -> dict[str, Tensor]:
 def loss(x: dict[str, Any], backend: str) -> dict[str, Tensor]:
     h, w, y = leaves_of(x)
     a = (x["noise"].position % 5 - 2.5).float()
-    given = {"objective": "dapo", "backend": backend}
+    given: dict[str, Any] = {"objective": "dapo", "backend": backend}
     out = vgkern.linear_policy_loss(h, w, y, a, **given).loss
     dh, dw = torch.autograd.grad(out, (h, w))
     return {"loss": out.detach(), "dhidden": dh, "dweight": dw}
