@@ -32,7 +32,7 @@ native = test -e $(NATIVE_STAMP) || { echo '== native kernels'; \
   $(PY) -m vgkern build && touch $(NATIVE_STAMP); } || \
   { echo '== so the torch backend runs: slower, same results'; false; }
 
-.PHONY: help train test lint build bench clean
+.PHONY: help train test lint build bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +43,8 @@ help:
 ifneq ($(wildcard benchmarks/run.py),)
 	@echo 'make bench   time every op against the others'
 endif
+	@echo 'make gpu     all that only a GPU can say, in 9 minutes  (OUT=folder; BUDGET=200: half)'
+	@echo 'make gpu-dry the same run at toy size, without a GPU'
 	@echo 'make clean   remove .venv, build/, dist/ and tool caches  (runs/ stays)'
 
 train: $(TRAIN_STAMP)
@@ -84,6 +86,15 @@ bench: $(TRAIN_STAMP)
 	@$(native) || true
 	@$(PY) benchmarks/run.py $(ARGS)
 endif
+
+# On a machine with a GPU: its own python3 and torch, no .venv, no network.
+gpu:
+	@if [ -z '$(OUT)' ]; then echo 'make gpu: say where the results go: make gpu OUT=folder'; exit 2; fi
+	@$(or $(PYTHON),python3) benchmarks/gpu.py --out '$(OUT)' --budget $(or $(BUDGET),540) $(ARGS)
+
+gpu-dry: $(TEST_STAMP)
+	@$(native) || true
+	@$(PY) benchmarks/gpu.py --dry --out '$(or $(OUT),build/gpu-dry)' $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

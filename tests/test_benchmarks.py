@@ -56,5 +56,6 @@ def test_runs(name, tmp_path, monkeypatch, capsys):
 
 
 def test_none_is_left_out():
-    others = {"sparse", "trl_step"}  # a pretrained model, another library
+    # a pretrained model, another library; a GPU: test_gpu_dry.py, test_gpu_run.py
+    others = {"sparse", "trl_step", "gpu", "gpu_report"}
     assert {p.stem for p in FOLDER.glob("*.py")} == set(SCRIPTS) | others
