@@ -52,6 +52,7 @@ def repair():
     if _originals:
         return
     _originals["call"] = interpreter.GridExecutor.__call__
+    _repair_index()
     _repair_casts()
     _repair_bf16_arithmetic()
     Builder.create_dot = _dot
@@ -170,6 +171,23 @@ def _splat(self, block_type, scalar):
     """By the type of the value: a comparison of floats says it is a float."""
     data = np.asarray(scalar.data)
     return Handle(np.full(block_type.shape, data.reshape(-1)[0], data.dtype), scalar.dtype.scalar)
+
+
+def _index(x):
+    return int(x.handle.data.item())
+
+
+def _repair_index():
+    """An array of one element is no integer from numpy 2.4 on; Triton 3.6 takes it for one."""
+    scope = interpreter._LangPatchScope
+    set_attr = scope.set_attr
+
+    def patched(self, obj, name, value):
+        if name == "__index__":
+            value = _index
+        set_attr(self, obj, name, value)
+
+    scope.set_attr = patched
 
 
 # Memory -----------------------------------------------------------------------------------------
