@@ -48,8 +48,8 @@ class Phase(NamedTuple):
 
 # In order of value: a run that is cut short has learnt most.
 PHASES = (
-    Phase("facts", 40), Phase("build", 90, beside=True), Phase("smoke", 60), Phase("tokens", 40),
-    Phase("timing", 130), Phase("graphs", 60), Phase("parity", 100), Phase("train", 60),
+    Phase("facts", 40), Phase("build", 90, beside=True), Phase("smoke", 60), Phase("tokens", 50),
+    Phase("timing", 130), Phase("graphs", 60), Phase("parity", 100), Phase("train", 50),
     Phase("profile", 40),
 )  # fmt: skip
 FIRST_HALF = ("facts", "build", "smoke", "tokens", "timing")
@@ -173,7 +173,8 @@ def kill(process: subprocess.Popen) -> None:
     """The whole group: workers of a phase too."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that the driver does not let go
+        process.wait(10)
 
 
 def ended(status: int) -> str:
@@ -262,6 +263,8 @@ def run(out: Path, phases: list[Phase], budget: float, dry: bool, resume: bool =
         it.fact("run", "phase", None, False, "interrupted")
     finally:
         it.stop()
+        for folder in out.glob("*.tmp"):  # of a phase that was killed
+            shutil.rmtree(folder, ignore_errors=True)
         it.table()
     if it.no_gpu:
         print("make gpu: torch sees no GPU on this machine", file=sys.stderr)

@@ -275,9 +275,13 @@ def measured(path: Path) -> str:
         f"| {' | '.join(HEAD)} |",
         f"|{'---|' * len(HEAD)}",
     ]
-    loss = [f for f in facts if f["phase"] == "timing" and f["op"] == "linear_policy_loss"]
+    timed = [f for f in facts if f["phase"] == "timing"]
+    loss = [f for f in timed if f["op"] == "linear_policy_loss"]
+    others = [f for f in timed if f["op"] == "linear_policy_loss others"]
     for shape in dict.fromkeys(f["shape"] for f in loss):
-        lines.append(row_of([f for f in loss if f["shape"] == shape], shape))
+        lines.append(
+            row_of(*([f for f in x if f["shape"] == shape] for x in (loss, others)), shape)
+        )
     failed = [f for f in facts if f["ok"] is False]
     if failed:
         told = "; ".join(dict.fromkeys(f"{f['op'] or f['phase']} {f['metric']}" for f in failed))
@@ -285,8 +289,9 @@ def measured(path: Path) -> str:
     return "\n".join(lines)
 
 
-def row_of(facts: list[Fact], shape: str) -> str:
+def row_of(facts: list[Fact], others: list[Fact], shape: str) -> str:
     ms = {f["backend"]: f["value"] for f in facts if f["metric"] == "ms"}
+    beside = {f["backend"]: f["value"] for f in others}  # timed in turn with ours once more
     peak = {f["backend"]: f["value"] for f in facts if f["metric"] == "peak_MiB"}
     own = ms.get("triton")
     prediction = [predicted(f) for f in facts if f["metric"] == "ms" and f["backend"] == "triton"]
@@ -297,8 +302,9 @@ def row_of(facts: list[Fact], shape: str) -> str:
     cells = [
         f"({', '.join(shape.split('x'))})",
         number(own), number(prediction[0] if prediction else None),
-        over(own, ms.get("3 gemms")), over(ms.get("eager"), own), over(ms.get("compile"), own),
-        over(ms.get("Liger"), own), f"{number(peak.get('triton'))} ({number(peak.get('eager'))})",
+        over(own, ms.get("3 gemms")), over(ms.get("eager"), own),
+        *(over(beside.get(other), beside.get("triton")) for other in ("compile", "Liger")),
+        f"{number(peak.get('triton'))} ({number(peak.get('eager'))})",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

@@ -1,5 +1,7 @@
 """Two results of one op: how far apart, and whether that is rounding."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,8 @@ def apart(one: dict[str, Tensor], two: dict[str, Tensor]) -> tuple[float, str]:
             same = (a == b) | (a.isnan() & b.isnan())  # infinities too
             a, b = (x.double().masked_fill(same & ~x.isfinite(), 0) for x in (a, b))
             far = float((a - b).norm() / b.norm().clamp(min=1e-30))
-        if not far <= worst:
+        far = math.inf if math.isnan(far) else far
+        if far > worst:
             worst, where = far, name
     return worst, where
 

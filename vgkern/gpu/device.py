@@ -153,7 +153,7 @@ class Phase(Facts):
         if self.dry:
             return [(e.name, float(e.self_cpu_time_total)) for e in seen.events()]
         return [
-            (e.name, float(e.self_device_time_total))
+            (e.name, float(e.time_range.elapsed_us()))
             for e in seen.events()
             if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
         ]

@@ -142,30 +142,6 @@ smoke | noisy_embedding | cuda | bf16 | nan_stays
 smoke | linear_divergence | triton | bf16 | nan_stays
 smoke | linear_policy_loss | triton | bf16 | error_large
 smoke | linear_policy_loss | cuda | bf16 | error_large
-tokens | linear_sample | cpu | fp32 | differ_plain
-tokens | linear_sample | triton | fp32 | differ_plain
-tokens | linear_sample | cuda | fp32 | differ_plain
-tokens | linear_sample | torch | fp32 | differ_plain
-tokens | linear_sample | cpu | fp32 | differ_greedy
-tokens | linear_sample | triton | fp32 | differ_greedy
-tokens | linear_sample | cuda | fp32 | differ_greedy
-tokens | linear_sample | torch | fp32 | differ_greedy
-tokens | linear_sample | cpu | fp32 | differ_cut
-tokens | linear_sample | triton | fp32 | differ_cut
-tokens | linear_sample | cuda | fp32 | differ_cut
-tokens | linear_sample | torch | fp32 | differ_cut
-tokens | linear_sample | cpu | bf16 | differ_plain
-tokens | linear_sample | triton | bf16 | differ_plain
-tokens | linear_sample | cuda | bf16 | differ_plain
-tokens | linear_sample | torch | bf16 | differ_plain
-tokens | linear_sample | cpu | bf16 | differ_greedy
-tokens | linear_sample | triton | bf16 | differ_greedy
-tokens | linear_sample | cuda | bf16 | differ_greedy
-tokens | linear_sample | torch | bf16 | differ_greedy
-tokens | linear_sample | cpu | bf16 | differ_cut
-tokens | linear_sample | triton | bf16 | differ_cut
-tokens | linear_sample | cuda | bf16 | differ_cut
-tokens | linear_sample | torch | bf16 | differ_cut
 tokens | linear_sample | triton | fp32 | repeat_bits
 tokens | linear_sample | triton | fp32 | permuted_bits
 tokens | linear_token_logprobs | triton | fp32 | repeat_bits
@@ -190,15 +166,34 @@ tokens | linear_token_logprobs | cuda | bf16 | repeat_bits
 tokens | linear_token_logprobs | cuda | bf16 | permuted_bits
 tokens | linear_policy_loss | cuda | bf16 | repeat_bits
 tokens | linear_policy_loss | cuda | bf16 | permuted_bits
-timing | linear_policy_loss | TRL | bf16 | ms
-timing | linear_policy_loss | Liger | bf16 | ms
-timing | linear_policy_loss | cut-cross-entropy | bf16 | ms
+tokens | linear_sample | cpu | fp32 | differ_plain
+tokens | linear_sample | triton | fp32 | differ_plain
+tokens | linear_sample | cuda | fp32 | differ_plain
+tokens | linear_sample | torch | fp32 | differ_plain
+tokens | linear_sample | cpu | fp32 | differ_greedy
+tokens | linear_sample | triton | fp32 | differ_greedy
+tokens | linear_sample | cuda | fp32 | differ_greedy
+tokens | linear_sample | torch | fp32 | differ_greedy
+tokens | linear_sample | cpu | fp32 | differ_cut
+tokens | linear_sample | triton | fp32 | differ_cut
+tokens | linear_sample | cuda | fp32 | differ_cut
+tokens | linear_sample | torch | fp32 | differ_cut
+tokens | linear_sample | cpu | bf16 | differ_plain
+tokens | linear_sample | triton | bf16 | differ_plain
+tokens | linear_sample | cuda | bf16 | differ_plain
+tokens | linear_sample | torch | bf16 | differ_plain
+tokens | linear_sample | cpu | bf16 | differ_greedy
+tokens | linear_sample | triton | bf16 | differ_greedy
+tokens | linear_sample | cuda | bf16 | differ_greedy
+tokens | linear_sample | torch | bf16 | differ_greedy
+tokens | linear_sample | cpu | bf16 | differ_cut
+tokens | linear_sample | triton | bf16 | differ_cut
+tokens | linear_sample | cuda | bf16 | differ_cut
+tokens | linear_sample | torch | bf16 | differ_cut
 timing | linear_policy_loss | 3 gemms | bf16 | ms
 timing | linear_policy_loss | triton | bf16 | ms
 timing | linear_policy_loss | cuda | bf16 | ms
 timing | linear_policy_loss | eager | bf16 | ms
-timing | linear_policy_loss | compile | bf16 | ms
-timing | linear_policy_loss | linear_cross_entropy | bf16 | ms
 timing | linear_policy_loss frozen | 2 gemms | bf16 | ms
 timing | linear_policy_loss frozen | triton | bf16 | ms
 timing | linear_policy_loss frozen | cuda | bf16 | ms
@@ -270,6 +265,12 @@ timing | costate_scan | cuda | fp32 | ms
 timing | gaussian_action | triton | fp32 | ms
 timing | gaussian_action | cuda | fp32 | ms
 timing | gaussian_action | torch | fp32 | ms
+timing | linear_policy_loss others | TRL | bf16 | ms
+timing | linear_policy_loss others | Liger | bf16 | ms
+timing | linear_policy_loss others | cut-cross-entropy | bf16 | ms
+timing | linear_policy_loss others | triton | bf16 | ms
+timing | linear_policy_loss others | compile | bf16 | ms
+timing | linear_policy_loss others | linear_cross_entropy | bf16 | ms
 graphs | token_logprobs | triton | fp32 | graph
 graphs | token_logprobs | triton | fp32 | side_stream
 graphs | token_logprobs | cuda | fp32 | graph
@@ -312,6 +313,18 @@ graphs | linear_rollout | triton | fp32 | graph
 graphs | linear_rollout | triton | fp32 | side_stream
 graphs | linear_rollout | cuda | fp32 | graph
 graphs | linear_rollout | cuda | fp32 | side_stream
+graphs | linear_policy_loss | triton | fp32 | autocast
+graphs | linear_policy_loss | triton | fp32 | autocast_mixed
+graphs | linear_policy_loss | triton | fp32 | reduce_overhead
+graphs | linear_token_logprobs | triton | fp32 | high_precision_sum
+graphs | linear_sample | triton | fp32 | high_precision_gap
+graphs | token_logprobs | triton | bf16 | beyond_2^31
+graphs | linear_policy_loss | cuda | fp32 | autocast
+graphs | linear_policy_loss | cuda | fp32 | autocast_mixed
+graphs | linear_policy_loss | cuda | fp32 | reduce_overhead
+graphs | linear_token_logprobs | cuda | fp32 | high_precision_sum
+graphs | linear_sample | cuda | fp32 | high_precision_gap
+graphs | token_logprobs | cuda | bf16 | beyond_2^31
 graphs | token_logprobs | triton | fp32 | fullgraph
 graphs | token_logprobs | cuda | fp32 | fullgraph
 graphs | linear_token_logprobs | triton | fp32 | fullgraph
@@ -333,18 +346,6 @@ graphs | costate_scan | triton | fp32 | fullgraph
 graphs | costate_scan | cuda | fp32 | fullgraph
 graphs | linear_rollout | triton | fp32 | fullgraph
 graphs | linear_rollout | cuda | fp32 | fullgraph
-graphs | linear_policy_loss | triton | fp32 | autocast
-graphs | linear_policy_loss | triton | fp32 | autocast_mixed
-graphs | linear_policy_loss | triton | fp32 | reduce_overhead
-graphs | linear_token_logprobs | triton | fp32 | high_precision_sum
-graphs | linear_sample | triton | fp32 | high_precision_gap
-graphs | token_logprobs | triton | bf16 | beyond_2^31
-graphs | linear_policy_loss | cuda | fp32 | autocast
-graphs | linear_policy_loss | cuda | fp32 | autocast_mixed
-graphs | linear_policy_loss | cuda | fp32 | reduce_overhead
-graphs | linear_token_logprobs | cuda | fp32 | high_precision_sum
-graphs | linear_sample | cuda | fp32 | high_precision_gap
-graphs | token_logprobs | cuda | bf16 | beyond_2^31
 parity | pytest |  |  | failed
 parity | pytest |  |  | skipped
 parity | pytest |  |  | passed

@@ -18,23 +18,21 @@ F32 = torch.float32
 
 def run(phase: Phase) -> None:
     phase.oracle()
-    for op in calls.CASES:
-        case = calls.chosen(phase, op)[0]
-        for backend in phase.backends(op):
-            at: dict[str, Any] = {
-                "backend": backend,
-                "dtype": "fp32",
-                "shape": case.name,
-                "floor": NEAR[F32],
-            }
-            phase.check(op, "graph", partial(graph, phase, case, backend), **at)
-            phase.check(op, "side_stream", partial(stream, phase, case, backend), **at)
-    for op in calls.CASES:
-        case = calls.chosen(phase, op)[0]
-        for backend in phase.backends(op):
-            at = {"backend": backend, "dtype": "fp32", "shape": case.name, "floor": NEAR[F32]}
-            phase.check(op, "fullgraph", partial(fullgraph, phase, case, backend), **at)
+    every(phase, {"graph": graph, "side_stream": stream})
     modes.run(phase)
+    every(phase, {"fullgraph": fullgraph})
+
+
+def every(phase: Phase, checks: dict[str, Callable[..., tuple]]) -> None:
+    """These checks, of every op on every backend that has it."""
+    for op in calls.CASES:
+        case = calls.chosen(phase, op)[0]
+        for backend in phase.backends(op):
+            for metric, check in checks.items():
+                phase.check(
+                    op, metric, partial(check, phase, case, backend), backend=backend, dtype="fp32",
+                    shape=case.name, floor=NEAR[F32]
+                )  # fmt: skip
 
 
 def tensors(x: Any) -> Iterator[Tensor]:
@@ -85,13 +83,13 @@ def stream(phase: Phase, case: cases.Case, backend: str) -> tuple:
 
 
 def fullgraph(phase: Phase, case: cases.Case, backend: str) -> tuple:
-    """torch.compile(fullgraph=True) of the op, forward and backward."""
+    """torch.compile(fullgraph=True) of the op, forward and backward; what comes after the trace is
+    the same for every op, and is compiled in `modes.reduce_overhead`."""
     x = calls.on_device(phase, case, F32)
     plain = calls.call(case.op, backend)
     up = calls.upstream(case, plain(**x))
     torch._dynamo.reset()
-    by = "eager" if phase.dry else "inductor"
+    by = "eager" if phase.dry else "aot_eager"
     compiled: Callable[..., Any] = torch.compile(plain, fullgraph=True, backend=by)
-    with torch.random.fork_rng(devices=[]):
-        got = calls.both(compiled, x, case.grads, up)
+    got = calls.both(compiled, x, case.grads, up)
     return verdict(*apart(got, calls.both(plain, x, case.grads, up)))

@@ -28,7 +28,6 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 def run(phase: Phase) -> None:
     phase.oracle()
-    torch.set_grad_enabled(True)
     timing_loss.run(phase)
     for name in ("large", "small H"):
         guarded(phase, "linear_token_logprobs", logprobs, loss_shapes(phase)[name])
@@ -39,6 +38,9 @@ def run(phase: Phase) -> None:
         guarded(phase, "row_stats", rows, loss_shapes(phase)[name], dtype)
     for op in ("policy_loss", "group_advantages", "costate_scan", "gaussian_action"):
         guarded(phase, op, alone, op)
+    for name, shape in loss_shapes(phase).items():
+        share = {"large": 0.4, "small H": 0.5, "launches": 0.9}[name]
+        guarded(phase, "linear_policy_loss others", timing_loss.beside_others, shape, share)
 
 
 def guarded(phase: Phase, op: str, block: Callable[..., None], *arguments: Any) -> None:

@@ -43,7 +43,6 @@ def loss(phase: Phase, shape: Shape, share: float) -> None:
     for name, forward in forwards.items():
         both[name] = [gradients(forward, x, ("hidden", "weight")) for x in inputs]
         head[name] = [gradients(forward, x, ("hidden",)) for x in inputs]
-    both |= others(phase, inputs)
     timing.times(phase, "linear_policy_loss", both, 3 * product, *at, share=share)
     timing.times(phase, "linear_policy_loss frozen", head, 2 * product, *at, share=share / 2)
     memory(phase, forwards, inputs[0], name_of(shape))
@@ -121,6 +120,21 @@ def others(phase: Phase, inputs: list[dict[str, Any]]) -> dict[str, list[Call] |
         except Exception as error:
             found[name] = said(error)
     return found
+
+
+def beside_others(phase: Phase, shape: Shape, share: float) -> None:
+    """What others have, in turn with ours: last, since a compiler may take long or never end."""
+    n, h, v = shape
+    nbytes = 2 * (n * h + v * h)
+    inputs = [loss_inputs(phase, shape, BF16, seed) for seed in range(copies(nbytes, phase.dry))]
+    names = ("hidden", "weight")
+    variants: dict[str, list[Call] | str] = {
+        "triton": [gradients(ours("triton"), x, names) for x in inputs]
+    }
+    variants |= others(phase, inputs)
+    floor = 6 * n * h * v / phase.ceilings()["bf16"]
+    op = "linear_policy_loss others"
+    timing.times(phase, op, variants, floor, name_of(shape), BF16, share=share)
 
 
 def memory(phase: Phase, forwards: dict[str, Forward], x: dict[str, Any], shape: str) -> None:

@@ -28,6 +28,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 def run(phase: Phase) -> None:
     phase.oracle()
+    for backend in phase.backends("linear_sample"):
+        same_bits(phase, backend)
     for vocab in VOCABS_TOY if phase.dry else VOCABS:
         for dtype in (torch.float32, torch.bfloat16):
             x = inputs(phase, vocab, dtype)
@@ -35,8 +37,6 @@ def run(phase: Phase) -> None:
                 at = {"dtype": SHORT[dtype], "shape": f"{len(x['hidden'])}x{WIDTH}x{vocab}"}
                 one_noise(phase, x, mode, options, at)
             phase.forget()
-    for backend in phase.backends("linear_sample"):
-        same_bits(phase, backend)
 
 
 def inputs(phase: Phase, vocab: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ def run(phase: Phase) -> None:
         table.write_text(f"skipped\n{why}\n")
         return
     folder = phase.out / "train.tmp"
+    if find_spec("safetensors") is None:  # of the extra `train`
+        phase.fact("train", "steps", why="safetensors, which the trainer needs, is not installed")
+        table.write_text("skipped\nno safetensors\n")
+        return
     options = {**(SMALL if phase.dry else REAL), "out": str(folder)}
     if has:
         options["device"] = phase.device.type
