@@ -94,7 +94,9 @@ def test_a_phase_that_hangs_is_killed_with_its_children(planted, tmp_path):
 
 
 def test_a_check_that_fails(planted, tmp_path):
-    bad = planted("smoke", WRITE, json.dumps(["smoke", "error_ratio", 3.5, False, "dweight is off"]))
+    bad = planted(
+        "smoke", WRITE, json.dumps(["smoke", "error_ratio", 3.5, False, "dweight is off"])
+    )
     status, facts, table = ran(tmp_path, [bad])
     assert status == 1 and row(facts, "smoke")["ok"]  # the phase itself ended well
     assert row(facts, "smoke", "error_ratio")["value"] == 3.5
