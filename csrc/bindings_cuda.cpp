@@ -2,6 +2,7 @@
 // Every operator writes into tensors that Python allocated (vgkern/ops/_cuda.py, which also checks
 // shapes); here is only what keeps memory safe. With VG_EMULATED the same operators take CPU
 // tensors and the kernels run on the host (tests/emulation).
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,8 +14,6 @@
 
 #include "launch.cuh"
 
-// Lives in libtorch_cuda: null beside a torch without CUDA, where this library still loads.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 extern "C" __attribute__((visibility("default"))) int vg_emulated() {
 #ifdef VG_EMULATED
   return 1;
@@ -30,13 +29,30 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 
+#ifndef VG_EMULATED
+// The stream that torch has current on a device. The function lives in libtorch_cuda, which Python
+// loads with local scope: neither a link, which a torch without CUDA could not satisfy, nor a weak
+// symbol, which stays null, reaches it.
+void* current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = dlsym(cuda ? cuda : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<Get>(found);
+  }();
+  STD_TORCH_CHECK(get != nullptr, "vgkern: no libtorch_cuda in this process: torch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+#endif
+
 template <class Launcher, class Args>
 void launch(Launcher launcher, const Args& args, const Tensor& on) {
   void* stream = nullptr;
 #ifndef VG_EMULATED
   torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "vgkern: this torch has no CUDA");
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  stream = current_stream(on.get_device_index());
 #endif
   const int error = launcher(&args, stream);
   STD_TORCH_CHECK(error == 0, "vgkern: CUDA error ", error, " at launch");

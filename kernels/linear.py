@@ -12,7 +12,7 @@ import torch
 
 from .memory import chunks
 
-__all__ = ["Costates", "Grads", "added32", "beside", "chunks", "clean", "mm32", "over"]
+__all__ = ["Costates", "Grads", "added32", "beside", "chunks", "clean", "mm32", "over", "tf32"]
 
 NO_COSTATE = -1  # the sequence of a row without one
 FP16_SCALE = 256.0  # the largest coefficient of a row, where dz would leave fp16's range
@@ -35,6 +35,13 @@ def added32(total, a, b):
         if a.is_cuda and a.dtype != torch.float32:
             return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
         return total.addmm_(a.float(), b.float())
+
+
+def tf32(x):
+    """Are products of x in TF32, by torch.set_float32_matmul_precision? The logits of a tile kernel
+    would differ from those that the vendor's product makes in backward, and in the sampler, by
+    more than fp32's rounding: then all of them are the vendor's."""
+    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 def clean(x, live):

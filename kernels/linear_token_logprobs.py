@@ -42,7 +42,7 @@ def statistics(
     hidden, weight, bias, targets, temperature, softcap, ignore_index, rows=row_kernels
 ):  # fmt: skip
     """`linear_logprobs_fwd` of all rows."""
-    if rows is row_kernels:
+    if rows is row_kernels and not linear.tf32(hidden):
         return _fused_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index)
     parts = [
         rows.row_stats(

@@ -14,9 +14,10 @@ from .memory import capturing
 
 IGNORED = -100  # the target of a row that is not read
 STRAY = -1  # a target outside the vocabulary: NaN
-# One wait of the host for the device, about 20 us, against three products of N H V multiply-adds
-# each: 6e11 flops take 0.8 ms of an H100, so that leaving out three rows of a hundred pays for it.
-LOOK_PAYS = 1e11
+# One wait costs more than its 20 us: the host prepares the next call while the device still works,
+# and after a wait the device idles for what that takes, 1 to 2 ms of Python. Three products of 1e12
+# multiply-adds each take 8 ms of an H100, so that one row in five or more left out pays for it.
+LOOK_PAYS = 1e12
 
 
 def looks(hidden, vocab):

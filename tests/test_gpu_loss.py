@@ -238,3 +238,25 @@ def test_other_ops_leave_rows_out(op, gpu, monkeypatch):
     assert looked and max(looked) == int(mask.sum())
     for x, reference in zip(got, wanted, strict=True):
         assert float((x - reference).norm()) <= 1e-6 * float(reference.norm())
+
+
+def test_tf32_has_one_kind_of_logits(gpu, monkeypatch):
+    """Under "high" the fused forward would not have the logits of backward and of the sampler."""
+    h, w, y, *_ = batch()
+    made = []
+    mm32 = linear.mm32
+    monkeypatch.setattr(linear, "mm32", lambda *a: (made.append(1), mm32(*a))[1])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        plain = vgkern.linear_token_logprobs(h, w, y, backend=gpu)
+        assert len(made) == (gpu == "cuda")
+        torch.set_float32_matmul_precision("high")
+        made.clear()
+        out = vgkern.linear_token_logprobs(h, w, y, backend=gpu)
+        assert made
+        vgkern.linear_token_logprobs(h.bfloat16(), w.bfloat16(), y, backend=gpu)
+        assert len(made) == 1 + (gpu == "cuda")  # 16 bits are as they were
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(out, plain, rtol=1e-3, atol=1e-3)

@@ -248,7 +248,7 @@ def linear_rollout(call: Call) -> Minimum:
 
 def looks(call: Call) -> bool:
     """May the host look at how many rows are live? 20 us, against 2 flops each for this many."""
-    return len(call.shape) >= 3 and call.shape[0] * call.shape[1] * call.shape[2] > 1e11
+    return len(call.shape) >= 3 and call.shape[0] * call.shape[1] * call.shape[2] > 1e12
 
 
 PEAK = {  # bytes beside the inputs: one fp32 gradient of the head and a block of logits
