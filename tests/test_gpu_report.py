@@ -19,8 +19,11 @@ def fact(phase, op, metric, value, backend="", dtype="", shape="", floor=None, o
 
 
 def loss(metric, **values):
-    return [fact("timing", "linear_policy_loss", metric, v, k.replace("_", " "), "bf16", LARGE, 30.0)
-            for k, v in values.items()]  # fmt: skip
+    at = ("bf16", LARGE, 30.0)
+    return [
+        fact("timing", "linear_policy_loss", metric, v, k.replace("_", " "), *at)
+        for k, v in values.items()
+    ]
 
 
 FACTS = [
@@ -41,8 +44,9 @@ def test_the_table_holds_measurements_beside_predictions():
     assert line.split()[:7] == ["linear_policy_loss", "triton", LARGE, "ms", "42", "45", "1.07"]
     (line,) = [x for x in text.splitlines() if LARGE in x and "peak_MiB" in x and " met " in x]
     assert "4608" in line and "4000" in line
-    (line,) = [x for x in text.splitlines() if x.startswith("linear_policy_loss") and "  triton  " in x
-               and "bf16" in x and "peak" not in x and "1.50" in x]  # fmt: skip
+    lines = [x for x in text.splitlines() if x.startswith("linear_policy_loss")]
+    (line,) = [x for x in lines if "  triton  " in x and "bf16" in x and "1.50" in x
+               and "peak" not in x]  # fmt: skip
     assert line.split()[3:] == ["triton", "45", "1.50", "1.25", "0.83", "42"]
     assert text.index("FAILED") < text.index("rows moved") < text.index("TIMES")
     assert "1 of 2 checks hold" in text
@@ -83,7 +87,7 @@ def test_without_results_the_section_says_that_nothing_was_measured(tmp_path):
 
 
 def test_the_readme_is_what_the_results_say():
-    """After `benchmarks/gpu.py report DIR`, or a change of its words: `benchmarks/gpu.py readme`."""
+    """After `benchmarks/gpu.py report DIR`, or new words: `benchmarks/gpu.py readme`."""
     page = (ROOT / "README.md").read_text()
     assert page == gpu_report.with_section(page, gpu_report.section())
 
