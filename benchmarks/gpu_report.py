@@ -214,12 +214,14 @@ def report(out: str = "", *_: str) -> int:
     folder = RESULTS / gpu_name(facts)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / "gpu.jsonl", folder / "gpu.jsonl")
-    (folder / "table.txt").write_text(table(facts))
     print(folder)
     return readme()
 
 
 def readme(*_: str) -> int:
+    """The tables of all kept results, and the README's section from them."""
+    for path in RESULTS.glob("*/gpu.jsonl"):
+        path.with_name("table.txt").write_text(table(read(path)))
     README.write_text(with_section(README.read_text(), section()))
     return 0
 
@@ -291,7 +293,7 @@ def measured(path: Path) -> str:
 
 def row_of(facts: list[Fact], others: list[Fact], shape: str) -> str:
     ms = {f["backend"]: f["value"] for f in facts if f["metric"] == "ms"}
-    beside = {f["backend"]: f["value"] for f in others}  # timed in turn with ours once more
+    beside = {f["backend"]: f["value"] for f in others} or ms  # in turn with ours once more
     peak = {f["backend"]: f["value"] for f in facts if f["metric"] == "peak_MiB"}
     own = ms.get("triton")
     prediction = [predicted(f) for f in facts if f["metric"] == "ms" and f["backend"] == "triton"]

@@ -4,7 +4,8 @@ computed again and its epilogue is the gradient, in 16 bits. kernels/rows.py has
 One call is 2 R V H flops. It reads hidden once and the weight once for every group of row blocks
 that stay in the L2 (16 MiB of hidden: 4 times at R = 8192, H = 4096), and writes 2 R V bytes. With
 fp32 logits in memory 14 bytes of each move: 4 written by their product, 4 read for the statistics,
-4 read and 2 written for the gradient. So the choice is between 2 H flops and 12 bytes a logit.
+4 read and 2 written for the gradient. So the choice is between 2 H flops and 12 bytes a logit:
+up to H = 1580 at 790 TFLOP/s and 3.0 TB/s, up to about 560 at what a tile reaches.
 """
 
 import torch
@@ -15,20 +16,19 @@ from triton.language.extra import libdevice
 from . import tile
 from .logits import INF, flat
 
-# An H100, as measured with large products and copies
-FLOPS = 790e12
-BYTES = 3.0e12
+# Widths up to which an H100 was faster: measured at N = 8192, V = 49152 in the loss, where a tile
+# reaches 400 TFLOP/s and not the 790 of a large product (times of the two forms, ms: H = 256 2.45
+# and 2.75; 576 3.7 and 3.6, with half the memory; 896 5.5 and 4.9; 1536 8.5 and 7.0). By arithmetic
+# where the logits are made again either way.
+PAYS, PAYS_AGAIN = 600, 1580
 
 
-def recompute_pays(hidden_width, element_size=2):
-    """Whether the logits of 16-bit inputs are cheaper to compute again than to keep in fp32, both
-    at the rates above: up to H = 1580. Were a tile to reach 70 % of them, it would pay up to 850,
-    and up to 2450 where the logits are computed again either way, as in linear_token_logprobs.
-    Never for fp32, whose products have other rates and whose gradient is not narrower than the
-    logits."""
-    if element_size != 2:
-        return False
-    return 2 * hidden_width / FLOPS < 12 / BYTES
+def recompute_pays(hidden_width, element_size=2, again=False):
+    """Whether the logits of 16-bit inputs are cheaper to compute again in a tile than to keep in
+    fp32; `again`: they are computed a second time all the same, as in the backward of
+    linear_token_logprobs. Never for fp32, whose products have other rates and whose gradient is not
+    narrower than the logits."""
+    return element_size == 2 and hidden_width <= (PAYS_AGAIN if again else PAYS)
 
 
 def room(hidden, vocab):

@@ -106,7 +106,7 @@ def linear_logprobs_bwd(
     if any(needs):
         n, vocab, size = hidden.shape[0], weight.shape[0], hidden.element_size()
         given = (targets, logp, entropy, lse)
-        if rows is row_kernels and costate is None and recompute_pays(hidden.shape[1], size):
+        if rows is row_kernels and costate is None and recompute_pays(hidden.shape[1], size, True):
             c, e, scale = grads.scaled(c, e, 1 / temperature)
             for part in linear.chunks(n, vocab, hidden.device, size):
                 dz = linear_grad(

@@ -34,9 +34,7 @@ def linear_inputs(
         got = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}"
         raise _check.fail("hidden, weight", got, "[..., H] and [V, H] with H, V >= 1")
     if hidden.dtype != weight.dtype:
-        raise TypeError(
-            f"weight: got {_check.describe(weight)}; allowed: {hidden.dtype}, as hidden"
-        )
+        weight = _as_autocast(hidden, weight)
     if bias is not None:
         bias = _check.floating("bias", bias)
         _check.rows_like("bias", bias, weight.shape[:1], f"[V] = [{weight.shape[0]}]")
@@ -48,6 +46,22 @@ def linear_inputs(
     h2 = h2 if h2.stride(-1) == 1 and h2.stride(0) >= h2.shape[1] else h2.contiguous()
     hw = weight if weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] else None
     return device, h2, weight.contiguous() if hw is None else hw
+
+
+def _as_autocast(hidden: Tensor, weight: Tensor) -> Tensor:
+    """An fp32 head as F.linear takes it under autocast: in 16 bits; its gradient is fp32."""
+    kind = hidden.device.type
+    if (
+        weight.dtype == torch.float32
+        and kind in AUTOCASTS
+        and torch.is_autocast_enabled(kind)
+        and torch.get_autocast_dtype(kind) == hidden.dtype
+    ):
+        return weight.to(hidden.dtype)
+    raise TypeError(
+        f"weight: got {_check.describe(weight)}; allowed: {hidden.dtype}, as hidden (an fp32 head "
+        "beside 16-bit hidden states: under torch.autocast of their dtype)"
+    )
 
 
 def grads_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple:
