@@ -124,7 +124,7 @@ def held(facts: list[Fact]) -> list[str]:
         keys = {"op": p["name"], "backend": p["backend"], "shape": p["shape"],
                 "dtype": p["dtype"], "metric": p["metric"]}  # fmt: skip
         found = [f for f in facts if all(f[k] == v for k, v in keys.items())]
-        got = found[-1]["value"] if found else None
+        got = found[0]["value"] if found else None
         by, word = "-", "not measured"
         if got is not None:
             by, word = f"{got / p['predicted']:.2f}", "met" if got <= p["predicted"] else "MISSED"
@@ -135,8 +135,10 @@ def held(facts: list[Fact]) -> list[str]:
 
 def times(facts: list[Fact]) -> list[str]:
     """Each time beside its floor, the bare products, eager and what was predicted."""
-    rows = [["op", "shape", "dtype", "variant", "ms", "x floor", "x base", "x eager",
-             "predicted", "note"]]  # fmt: skip
+    rows = [["op", "shape", "dtype", "variant", "ms", "device ms", "device x floor", "x base",
+             "x eager", "predicted", "note"]]  # fmt: skip
+    device = {key_of(f): f["value"] for f in facts
+              if f["phase"] == "timing" and f["metric"] == "device_ms"}  # fmt: skip
     timed = [f for f in facts if f["phase"] == "timing" and f["metric"] == "ms"]
     for f in timed:
         block = {g["backend"]: g["value"] for g in timed
@@ -146,10 +148,15 @@ def times(facts: list[Fact]) -> list[str]:
         def over(other: float | None, ms: float | None = f["value"]) -> str:
             return f"{ms / other:.2f}" if ms and other else "-"
 
+        there = device.get(key_of(f))
         rows.append([f["op"], f["shape"], f["dtype"], f["backend"], number(f["value"]),
-                     over(f["floor"]), over(base), over(block.get("eager")),
+                     number(there), over(f["floor"], there), over(base), over(block.get("eager")),
                      number(predicted(f)), f["why"]])  # fmt: skip
     return columns(rows) if len(rows) > 1 else []
+
+
+def key_of(f: Fact) -> tuple:
+    return f["op"], f["shape"], f["dtype"], f["backend"]
 
 
 def others(facts: list[Fact]) -> list[str]:
@@ -190,7 +197,7 @@ def rest(facts: list[Fact]) -> list[str]:
 
 SECTIONS: dict[str, Callable[[list[Fact]], list[str]]] = {
     "FAILED": failures, "PHASES": phases, "PREDICTED AND MEASURED": held,
-    "TIMES (x base: over the bare products or the copy)": times,
+    "TIMES (ms: the host's included; device ms: the host ahead; x base: over the products)": times,
     "BYTES, LAUNCHES, MEMORY": others, "CHECKS": checks, "MACHINE, BUILDS, PROFILE": rest,
 }  # fmt: skip
 
@@ -259,8 +266,8 @@ def section(results: Path | None = None) -> str:
 
 
 HEAD = (
-    "`linear_policy_loss`, forward and backward, bf16, (N, H, V)", "ms", "predicted",
-    "x bare GEMMs", "eager / vgkern", "compile / vgkern", "Liger / vgkern",
+    "`linear_policy_loss`, forward and backward, bf16, (N, H, V)", "ms", "on the device",
+    "predicted", "x bare GEMMs", "eager / vgkern", "compile / vgkern", "Liger / vgkern",
     "peak extra MiB (eager)",
 )  # fmt: skip
 
@@ -280,10 +287,10 @@ def measured(path: Path) -> str:
     timed = [f for f in facts if f["phase"] == "timing"]
     loss = [f for f in timed if f["op"] == "linear_policy_loss"]
     others = [f for f in timed if f["op"] == "linear_policy_loss others"]
+    profiled = [f for f in facts if f["phase"] == "profile"]
     for shape in dict.fromkeys(f["shape"] for f in loss):
-        lines.append(
-            row_of(*([f for f in x if f["shape"] == shape] for x in (loss, others)), shape)
-        )
+        of_shape = [[f for f in x if f["shape"] == shape] for x in (loss, others, profiled)]
+        lines.append(row_of(*of_shape, shape))
     failed = [f for f in facts if f["ok"] is False]
     if failed:
         told = "; ".join(dict.fromkeys(f"{f['op'] or f['phase']} {f['metric']}" for f in failed))
@@ -291,11 +298,15 @@ def measured(path: Path) -> str:
     return "\n".join(lines)
 
 
-def row_of(facts: list[Fact], others: list[Fact], shape: str) -> str:
+def row_of(facts: list[Fact], others: list[Fact], profiled: list[Fact], shape: str) -> str:
     ms = {f["backend"]: f["value"] for f in facts if f["metric"] == "ms"}
-    beside = {f["backend"]: f["value"] for f in others} or ms  # in turn with ours once more
+    beside = {f["backend"]: f["value"] for f in others if f["metric"] == "ms"}
+    beside = beside or ms  # in turn with ours once more
     peak = {f["backend"]: f["value"] for f in facts if f["metric"] == "peak_MiB"}
     own = ms.get("triton")
+    device = [f["value"] for f in (*facts, *profiled)
+              if f["metric"] == "device_ms" and f["backend"] == "triton"]  # fmt: skip
+    on_device = device[0] if device else None
     prediction = [predicted(f) for f in facts if f["metric"] == "ms" and f["backend"] == "triton"]
 
     def over(a: float | None, b: float | None) -> str:
@@ -303,7 +314,7 @@ def row_of(facts: list[Fact], others: list[Fact], shape: str) -> str:
 
     cells = [
         f"({', '.join(shape.split('x'))})",
-        number(own), number(prediction[0] if prediction else None),
+        number(own), number(on_device), number(prediction[0] if prediction else None),
         over(own, ms.get("3 gemms")), over(ms.get("eager"), own),
         *(over(beside.get(other), beside.get("triton")) for other in ("compile", "Liger")),
         f"{number(peak.get('triton'))} ({number(peak.get('eager'))})",

@@ -2,7 +2,8 @@
 
 A sample is the mean of as many calls as take a millisecond, between two CUDA events; calls rotate
 over copies of the inputs that together exceed the L2 cache. Every variant has LEAST samples or
-SECONDS of them, whichever comes first, but at least three.
+SECONDS of them, whichever comes first, but at least three. These times have the host's in them, as
+a program has that waits after each call; then a few are taken with the host ahead of the device.
 """
 
 import math
@@ -16,11 +17,13 @@ from vgkern.gpu.record import said
 Call = Callable[[], Any]
 LEAST, SECONDS, MOST = 20, 2.0, 40
 SAMPLE, MOST_CALLS = 1e-3, 200
+AHEAD, MOST_AHEAD = 5, 10  # samples; calls of one, whose launches have to fit the device's queue
 
 
 class Time(NamedTuple):
-    seconds: float | None  # of one call; None: it did not run
+    seconds: float | None  # of one call, the host's included; None: it did not run
     why: str = ""  # it did not run, or how far the samples are apart
+    device: float | None = None  # of one call where the host is ahead of the device
 
 
 def interleaved(
@@ -58,8 +61,18 @@ def interleaved(
         for name in open_[:: 1 if i % 2 == 0 else -1]:
             samples[name].append(phase.seconds(runs[name], inner[name]))
     for name, seconds in samples.items():
-        found[name] = Time(statistics.median(seconds), spread(seconds))
+        m = statistics.median(seconds)
+        found[name] = Time(m, spread(seconds), on_device(phase, runs[name], m))
     return found
+
+
+def on_device(phase: Phase, calls: list[Call], seconds: float) -> float:
+    """Of one call, as a loop sees it that does not wait for each: median of AHEAD samples."""
+    if phase.dry:
+        return seconds
+    count = min(max(math.ceil(SAMPLE / seconds), 1), MOST_AHEAD)
+    ahead = 2e-3 + min(1.5 * seconds * count, 1e-2)
+    return statistics.median(phase.seconds(calls, count, ahead) for _ in range(AHEAD))
 
 
 def enough(samples: list[float], calls: int) -> bool:

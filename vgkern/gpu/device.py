@@ -20,6 +20,7 @@ from vgkern.gpu.record import Facts, read
 MIB = 2**20
 BACKENDS = ("triton", "cuda")
 LACKS = {("linear_divergence", "cuda")}  # as tests/conftest.py
+CYCLES = 2e9  # of the device's clock in a second, or a few less
 # Where no `facts` were measured: an H100's product of bf16 and copy, by its data sheet less a fifth
 CEILINGS = {"copy": 3.0e12, "bf16": 790e12, "fp32": 50e12}
 
@@ -107,8 +108,9 @@ class Phase(Facts):
             yield lambda t: t.record_stream(first)
         first.wait_stream(side)
 
-    def seconds(self, calls: list[Callable[[], Any]], count: int) -> float:
-        """Of one call, the mean of `count` that rotate over `calls`."""
+    def seconds(self, calls: list[Callable[[], Any]], count: int, ahead: float = 0) -> float:
+        """Of one call, the mean of `count` that rotate over `calls`. The device is kept busy for
+        `ahead` seconds first, so that the host is that far ahead of it and its time is not seen."""
         if self.dry:
             start = time.perf_counter()
             for i in range(count):
@@ -116,6 +118,8 @@ class Phase(Facts):
             return (time.perf_counter() - start) / count
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(int(ahead * CYCLES))
         begin.record()
         for i in range(count):
             calls[i % len(calls)]()

@@ -191,86 +191,150 @@ tokens | linear_sample | triton | bf16 | differ_cut
 tokens | linear_sample | cuda | bf16 | differ_cut
 tokens | linear_sample | torch | bf16 | differ_cut
 timing | linear_policy_loss | 3 gemms | bf16 | ms
+timing | linear_policy_loss | 3 gemms | bf16 | device_ms
 timing | linear_policy_loss | triton | bf16 | ms
+timing | linear_policy_loss | triton | bf16 | device_ms
 timing | linear_policy_loss | cuda | bf16 | ms
+timing | linear_policy_loss | cuda | bf16 | device_ms
 timing | linear_policy_loss | eager | bf16 | ms
+timing | linear_policy_loss | eager | bf16 | device_ms
 timing | linear_policy_loss frozen | 2 gemms | bf16 | ms
+timing | linear_policy_loss frozen | 2 gemms | bf16 | device_ms
 timing | linear_policy_loss frozen | triton | bf16 | ms
+timing | linear_policy_loss frozen | triton | bf16 | device_ms
 timing | linear_policy_loss frozen | cuda | bf16 | ms
+timing | linear_policy_loss frozen | cuda | bf16 | device_ms
 timing | linear_policy_loss frozen | eager | bf16 | ms
+timing | linear_policy_loss frozen | eager | bf16 | device_ms
 timing | linear_policy_loss | triton | bf16 | peak_MiB
 timing | linear_policy_loss | cuda | bf16 | peak_MiB
 timing | linear_policy_loss | eager | bf16 | peak_MiB
 timing | linear_policy_loss | triton | bf16 | launches
 timing | linear_policy_loss | cuda | bf16 | launches
 timing | loss part | logits GEMM, fp32 out | bf16 | ms
+timing | loss part | logits GEMM, fp32 out | bf16 | device_ms
 timing | loss part | logits GEMM, bf16 out | bf16 | ms
+timing | loss part | logits GEMM, bf16 out | bf16 | device_ms
 timing | loss part | dh GEMM, fp32 out | bf16 | ms
+timing | loss part | dh GEMM, fp32 out | bf16 | device_ms
 timing | loss part | dW GEMM, fp32 out | bf16 | ms
+timing | loss part | dW GEMM, fp32 out | bf16 | device_ms
 timing | loss part | dW GEMM, added (beta 1) | bf16 | ms
+timing | loss part | dW GEMM, added (beta 1) | bf16 | device_ms
 timing | loss part | dW add_ alone | bf16 | ms
+timing | loss part | dW add_ alone | bf16 | device_ms
 timing | loss part | dW rounding | bf16 | ms
+timing | loss part | dW rounding | bf16 | device_ms
 timing | loss part | triton stats | bf16 | ms
+timing | loss part | triton stats | bf16 | device_ms
 timing | loss part | triton grad | bf16 | ms
+timing | loss part | triton grad | bf16 | device_ms
 timing | loss part | cuda stats | bf16 | ms
+timing | loss part | cuda stats | bf16 | device_ms
 timing | loss part | cuda grad | bf16 | ms
+timing | loss part | cuda grad | bf16 | device_ms
 timing | linear_token_logprobs fwd | gemm | bf16 | ms
+timing | linear_token_logprobs fwd | gemm | bf16 | device_ms
 timing | linear_token_logprobs fwd | triton | bf16 | ms
+timing | linear_token_logprobs fwd | triton | bf16 | device_ms
 timing | linear_token_logprobs fwd | cuda | bf16 | ms
+timing | linear_token_logprobs fwd | cuda | bf16 | device_ms
 timing | linear_token_logprobs fwd | eager | bf16 | ms
+timing | linear_token_logprobs fwd | eager | bf16 | device_ms
 timing | linear_token_logprobs fwd+bwd | triton | bf16 | ms
+timing | linear_token_logprobs fwd+bwd | triton | bf16 | device_ms
 timing | linear_token_logprobs fwd+bwd | cuda | bf16 | ms
+timing | linear_token_logprobs fwd+bwd | cuda | bf16 | device_ms
 timing | linear_token_logprobs fwd+bwd | eager | bf16 | ms
+timing | linear_token_logprobs fwd+bwd | eager | bf16 | device_ms
 timing | linear_sample | gemm | bf16 | ms
+timing | linear_sample | gemm | bf16 | device_ms
 timing | linear_sample | eager | bf16 | ms
+timing | linear_sample | eager | bf16 | device_ms
 timing | linear_sample | triton | bf16 | ms
+timing | linear_sample | triton | bf16 | device_ms
 timing | linear_sample | cuda | bf16 | ms
+timing | linear_sample | cuda | bf16 | device_ms
 timing | linear_sample | triton top_p | bf16 | ms
+timing | linear_sample | triton top_p | bf16 | device_ms
 timing | linear_sample | cuda top_p | bf16 | ms
+timing | linear_sample | cuda top_p | bf16 | device_ms
 timing | linear_sample | gemm graph | bf16 | ms
+timing | linear_sample | gemm graph | bf16 | device_ms
 timing | linear_sample | triton graph | bf16 | ms
+timing | linear_sample | triton graph | bf16 | device_ms
 timing | linear_sample | cuda graph | bf16 | ms
+timing | linear_sample | cuda graph | bf16 | device_ms
 timing | row_stats | logsumexp | fp32 | ms
+timing | row_stats | logsumexp | fp32 | device_ms
 timing | row_stats | logsumexp | fp32 | GB/s
 timing | row_stats | triton | fp32 | ms
+timing | row_stats | triton | fp32 | device_ms
 timing | row_stats | triton | fp32 | GB/s
 timing | row_stats | cuda | fp32 | ms
+timing | row_stats | cuda | fp32 | device_ms
 timing | row_stats | cuda | fp32 | GB/s
 timing | row_grad | copy | fp32 | ms
+timing | row_grad | copy | fp32 | device_ms
 timing | row_grad | copy | fp32 | GB/s
 timing | row_grad | triton | fp32 | ms
+timing | row_grad | triton | fp32 | device_ms
 timing | row_grad | triton | fp32 | GB/s
 timing | row_grad | cuda | fp32 | ms
+timing | row_grad | cuda | fp32 | device_ms
 timing | row_grad | cuda | fp32 | GB/s
 timing | row_stats | logsumexp | bf16 | ms
+timing | row_stats | logsumexp | bf16 | device_ms
 timing | row_stats | logsumexp | bf16 | GB/s
 timing | row_stats | triton | bf16 | ms
+timing | row_stats | triton | bf16 | device_ms
 timing | row_stats | triton | bf16 | GB/s
 timing | row_stats | cuda | bf16 | ms
+timing | row_stats | cuda | bf16 | device_ms
 timing | row_stats | cuda | bf16 | GB/s
 timing | row_grad | copy | bf16 | ms
+timing | row_grad | copy | bf16 | device_ms
 timing | row_grad | copy | bf16 | GB/s
 timing | row_grad | triton | bf16 | ms
+timing | row_grad | triton | bf16 | device_ms
 timing | row_grad | triton | bf16 | GB/s
 timing | row_grad | cuda | bf16 | ms
+timing | row_grad | cuda | bf16 | device_ms
 timing | row_grad | cuda | bf16 | GB/s
 timing | policy_loss | triton | fp32 | ms
+timing | policy_loss | triton | fp32 | device_ms
 timing | policy_loss | cuda | fp32 | ms
+timing | policy_loss | cuda | fp32 | device_ms
 timing | policy_loss | torch | fp32 | ms
+timing | policy_loss | torch | fp32 | device_ms
 timing | group_advantages | triton | fp32 | ms
+timing | group_advantages | triton | fp32 | device_ms
 timing | group_advantages | cuda | fp32 | ms
+timing | group_advantages | cuda | fp32 | device_ms
 timing | group_advantages | torch | fp32 | ms
+timing | group_advantages | torch | fp32 | device_ms
 timing | costate_scan | triton | fp32 | ms
+timing | costate_scan | triton | fp32 | device_ms
 timing | costate_scan | cuda | fp32 | ms
+timing | costate_scan | cuda | fp32 | device_ms
 timing | gaussian_action | triton | fp32 | ms
+timing | gaussian_action | triton | fp32 | device_ms
 timing | gaussian_action | cuda | fp32 | ms
+timing | gaussian_action | cuda | fp32 | device_ms
 timing | gaussian_action | torch | fp32 | ms
+timing | gaussian_action | torch | fp32 | device_ms
 timing | linear_policy_loss others | TRL | bf16 | ms
+timing | linear_policy_loss others | TRL | bf16 | device_ms
 timing | linear_policy_loss others | Liger | bf16 | ms
+timing | linear_policy_loss others | Liger | bf16 | device_ms
 timing | linear_policy_loss others | cut-cross-entropy | bf16 | ms
+timing | linear_policy_loss others | cut-cross-entropy | bf16 | device_ms
 timing | linear_policy_loss others | triton | bf16 | ms
+timing | linear_policy_loss others | triton | bf16 | device_ms
 timing | linear_policy_loss others | compile | bf16 | ms
+timing | linear_policy_loss others | compile | bf16 | device_ms
 timing | linear_policy_loss others | linear_cross_entropy | bf16 | ms
+timing | linear_policy_loss others | linear_cross_entropy | bf16 | device_ms
 graphs | token_logprobs | triton | fp32 | graph
 graphs | token_logprobs | triton | fp32 | side_stream
 graphs | token_logprobs | cuda | fp32 | graph

@@ -57,7 +57,7 @@ def times(
     phase: Phase, op: str, variants: dict[str, list[Call] | str], floor: float, shape: str,
     dtype: torch.dtype, rate: float = 0.0, share: float = 0.5,
 ) -> None:  # fmt: skip
-    """A fact in ms each, with the floor in seconds; and of `rate` bytes the GB/s."""
+    """Facts in ms each, with the floor in seconds; and of `rate` bytes the GB/s on the device."""
     at: dict[str, Any] = {"shape": shape, "dtype": SHORT[dtype]}
     for name, time in interleaved(phase, variants, share).items():
         ms = None if time.seconds is None else 1e3 * time.seconds
@@ -66,8 +66,10 @@ def times(
             op, "ms", ms, backend=name, floor=1e3 * floor, why=time.why, **at,
             ok=False if ours else None,
         )  # fmt: skip
+        device = None if time.device is None else 1e3 * time.device
+        phase.fact(op, "device_ms", device, backend=name, floor=1e3 * floor, **at)
         if rate:
-            speed = rate / time.seconds / 1e9 if time.seconds else None
+            speed = rate / time.device / 1e9 if time.device else None
             phase.fact(op, "GB/s", speed, backend=name, floor=phase.ceilings()["copy"] / 1e9, **at)
 
 
