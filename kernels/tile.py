@@ -102,7 +102,7 @@ def group(blocks, rows, width, element_size):
 def place(blocks, group):
     """(row block, part of the vocabulary) of this program. A group of row blocks does one part
     after the other, so its hidden rows are read from memory once and the weight once a group."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0).to(tl.int64).to(tl.int32)  # divisions in 64 bits take registers
     size = group * (tl.num_programs(0) // blocks)
     first = pid // size * group
     rows = tl.minimum(blocks - first, group)
