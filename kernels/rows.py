@@ -14,6 +14,7 @@ from .logits import (
     INF,
     flat,
     launch,
+    launch_rows,
     load_z,
     no_columns,
     store_same,
@@ -48,7 +49,8 @@ def row_stats(logits, bias, targets, temperature, softcap, ignore_index):
         with torch.cuda.device_of(logits):
             _row_stats_kernel[(rows,)](
                 logits, logits.stride(0), flat(bias), targets.contiguous(), logp, entropy, lse,
-                vocab, 1 / temperature, softcap, ignore_index, SOFTCAP=softcap != 0, **launch(vocab)
+                vocab, 1 / temperature, softcap, ignore_index, SOFTCAP=softcap != 0,
+                **launch_rows(logits),
             )  # fmt: skip
     return logp, entropy, lse
 
