@@ -237,7 +237,8 @@ void row_kept_grad(const Tensor& logits, const OptTensor& bias, const Tensor& ta
 void policy_terms(const Tensor& logp, const Tensor& advantages, const Tensor& weight,
                   const OptTensor& old_logp, const OptTensor& ref_logp,
                   const OptTensor& sampler_logp, const OptTensor& entropy,
-                  std::vector<double> objective, Tensor dlogp, Tensor dentropy, Tensor partial) {
+                  std::vector<double> objective, const OptTensor& segments, Tensor dlogp,
+                  Tensor dentropy, Tensor partial) {
   STD_TORCH_CHECK(objective.size() == 20 && logp.dim() == 2, "vgkern: [B, T] and 20 numbers");
   const int64_t n = logp.numel();
   PolicyTermsArgs a{Objective(objective), logp.size(0), logp.size(1)};
@@ -250,6 +251,10 @@ void policy_terms(const Tensor& logp, const Tensor& advantages, const Tensor& we
   a.entropy = rows<float>(entropy, n, "entropy");
   a.dlogp = rows<float>(dlogp, n, "dlogp");
   a.dentropy = rows<float>(dentropy, n, "dentropy");
+  if (segments && !a.objective.row_local()) {
+    a.segment_count = segments->numel() - 1;
+    a.segments = rows<int64_t>(*segments, a.segment_count + 1, "segments");
+  }
   a.partial = rows<double>(partial, vg_policy_blocks(&a) * kTally, "partial");
   launch(vg_policy_terms, a, logp);
 }
@@ -410,7 +415,7 @@ STABLE_TORCH_LIBRARY(vgkern_launch, m) {
   m.def(
       "policy_terms(Tensor logp, Tensor advantages, Tensor row_weight, Tensor? old_logp, "
       "Tensor? ref_logp, Tensor? sampler_logp, Tensor? entropy, float[] objective, "
-      "Tensor(a!) dlogp, Tensor(b!) dentropy, Tensor(c!) partial) -> ()");
+      "Tensor? segments, Tensor(a!) dlogp, Tensor(b!) dentropy, Tensor(c!) partial) -> ()");
   m.def("policy_totals(Tensor partial, Tensor(a!) loss, Tensor(b!) counts) -> ()");
   m.def(
       "group_advantages(Tensor rewards, Tensor ids, Tensor order, int estimator, "

@@ -140,7 +140,9 @@ struct PolicyTermsArgs {
   int64_t sequences, width;                                                                // B, T
   const float *logp, *advantages, *weight, *old_logp, *ref_logp, *sampler_logp, *entropy;  // [B, T]
   float *dlogp, *dentropy;                                                                 // [B, T]
-  double* partial;  // [vg_policy_blocks, kTally]
+  double* partial;                    // [vg_policy_blocks, kTally]
+  const int64_t* segments = nullptr;  // [segment_count + 1]: the sequences, not the rows of [B, T]
+  int64_t segment_count = 0;
 };
 constexpr int kTally = 13;
 

@@ -69,8 +69,9 @@ linear_policy_loss_sparse_fwd(const Tensor& hidden,      // [N, H]
       if (sam) token.sampler = sam[r], token.has_sampler = true;
       const TokenLoss t = token_loss(token, Sequence{}, o);
       n.add(token, t);
-      loss += w[r] * (t.value - double(o.entropy_coef) * k.stats[i].entropy);
-      c[i] = w[r] * t.slope;
+      const double value = t.value - double(o.entropy_coef) * k.stats[i].entropy;
+      loss += w[r] * value;
+      c[i] = w[r] * seen(value, t.slope);
       e[i] = -w[r] * o.entropy_coef;
       n.entropy += k.stats[i].entropy;
     }

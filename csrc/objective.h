@@ -55,6 +55,15 @@ struct Objective {
 VG_HD inline float at_most(float x, float top) { return top < x ? top : x; }
 VG_HD inline float at_least(float x, float bottom) { return x < bottom ? bottom : x; }
 VG_HD inline float between(float x, float lo, float hi) { return at_most(at_least(x, lo), hi); }
+// Of running extremes: a NaN in x stays, whatever follows it.
+template <class T>
+VG_HD inline T lesser(T x, T least) {
+  return x < least || x != x ? x : least;
+}
+template <class T>
+VG_HD inline T greater(T x, T most) {
+  return x > most || x != x ? x : most;
+}
 VG_HD inline float clamped(float x) { return between(x, -kClamp, kClamp); }
 VG_HD inline bool inside(float x) { return x >= -kClamp && x <= kClamp; }
 
@@ -267,6 +276,10 @@ VG_HD inline float ratio_share(const Token& t, const Sequence& seq, const Object
 
 // What rows are counted for, in the order of vgkern.ops.policy_loss.COUNTS. -----------------------
 
+// A NaN in a token's term, its entropy's part with it: then its gradient is NaN as well, whatever
+// the term was NaN from, so that whoever guards on gradients sees it.
+VG_HD inline float seen(double value, float slope) { return value != value ? float(value) : slope; }
+
 // From sums to shares and means of the active rows; extremes are 1 where there are
 // none. In fp32, as every backend does it.
 VG_HD inline void finish_counts(float* o) {
@@ -287,10 +300,10 @@ struct Counts {
     dual += l.dual;
     kl += l.kl;
     ratio += l.ratio;
-    ratio_min = at_most(l.ratio, ratio_min);
-    ratio_max = at_least(l.ratio, ratio_max);
+    ratio_min = lesser(l.ratio, ratio_min);
+    ratio_max = greater(l.ratio, ratio_max);
     clamped += !inside(l.log_ratio);
-    if (t.has_sampler) gap = at_least(std::fabs(log_ratio(t.logp, t.sampler)), gap);
+    if (t.has_sampler) gap = greater(std::fabs(log_ratio(t.logp, t.sampler)), gap);
   }
   void merge(const Counts& c) {
     tokens += c.tokens;
@@ -301,10 +314,10 @@ struct Counts {
     kl += c.kl;
     entropy += c.entropy;
     ratio += c.ratio;
-    ratio_min = at_most(c.ratio_min, ratio_min);
-    ratio_max = at_least(c.ratio_max, ratio_max);
+    ratio_min = lesser(c.ratio_min, ratio_min);
+    ratio_max = greater(c.ratio_max, ratio_max);
     clamped += c.clamped;
-    gap = at_least(c.gap, gap);
+    gap = greater(c.gap, gap);
   }
   void write(float* o) const {
     const double v[kSize] = {tokens,  active, low,       high,      dual,    kl,

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "common.h"
 #include "objective.h"
 
@@ -20,9 +22,17 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     const Tensor& row_weight,  // [B, T], 0 where masked
     const OptTensor& old_logp, const OptTensor& ref_logp, const OptTensor& sampler_logp,  // [B, T]
     const OptTensor& entropy,                                                             // [B, T]
-    c10::List<double> knobs) {
+    c10::List<double> knobs,
+    const OptTensor& segments) {  // [S + 1] int64: the sequences, instead of the rows of [B, T]
   const Objective o(knobs);
   const int64_t total = logp.numel(), width = logp.size(1);
+  const int64_t* ends = nullptr;
+  if (segments && !o.row_local()) {
+    const int64_t* e = ends = i64_rows(*segments, segments->numel(), "segments");
+    TORCH_CHECK(segments->numel() > 0 && e[0] == 0 && e[segments->numel() - 1] == total &&
+                    std::is_sorted(e, e + segments->numel()),
+                "vgkern: segments must rise from 0 to ", total);
+  }
   const float* lp = f32_rows(logp, total, "logp");
   const float* adv = f32_rows(advantages, total, "advantages");
   const float* w = f32_rows(row_weight, total, "row_weight");
@@ -42,13 +52,15 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
   };
   // Rows of one sequence, or any run of rows where sequences have nothing in common. The runs do
   // not depend on the threads, and their sums are added in order: the same bits on every machine.
-  const int64_t run = o.row_local() ? kRun : width, runs = run ? (total + run - 1) / run : 0;
+  const int64_t run = o.row_local() ? kRun : ends ? total / segments->numel() + 1 : width;
+  const int64_t runs = ends ? segments->numel() - 1 : run ? (total + run - 1) / run : 0;
   std::vector<Sums> sums(runs);
   at::parallel_for(0, runs, std::max<int64_t>(kRun / std::max<int64_t>(run, 1), 1),
                    [&](int64_t from, int64_t to) {
                      for (int64_t k = from; k < to; ++k) {
                        Sums n;
-                       const int64_t s = k * run, end = std::min(s + run, total);
+                       const int64_t s = ends ? ends[k] : k * run;
+                       const int64_t end = ends ? ends[k + 1] : std::min(s + run, total);
                        Sequence seq;
                        if (!o.row_local()) {
                          double length = 0, ratio = 0, mismatch = 0;
@@ -68,8 +80,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
                          n.counts.active += 1;
                          const TokenLoss t = token_loss(token(i), seq, o);
                          n.counts.add(token(i), t);
-                         n.loss += w[i] * (t.value - (ent ? double(o.entropy_coef) * ent[i] : 0.0));
-                         dl[i] = w[i] * t.slope;
+                         const double value =
+                             t.value - (ent ? double(o.entropy_coef) * ent[i] : 0.0);
+                         n.loss += w[i] * value;
+                         dl[i] = w[i] * seen(value, t.slope);
                          pending += double(w[i]) * t.sequence_slope;
                          if (ent) {
                            de[i] = -w[i] * o.entropy_coef;

@@ -49,9 +49,9 @@ struct Tally {
 #pragma unroll
     for (int k = 0; k < kTally; ++k) {
       if (k == kRatioMin)
-        of[k] = o.of[k] < of[k] ? o.of[k] : of[k];
+        of[k] = lesser(o.of[k], of[k]);
       else if (k == kRatioMax || k == kGap)
-        of[k] = o.of[k] > of[k] ? o.of[k] : of[k];
+        of[k] = greater(o.of[k], of[k]);
       else
         of[k] += o.of[k];
     }
@@ -64,12 +64,11 @@ struct Tally {
     of[kDual] += l.dual;
     of[kKl] += l.kl;
     of[kRatio] += l.ratio;
-    of[kRatioMin] = l.ratio < of[kRatioMin] ? l.ratio : of[kRatioMin];
-    of[kRatioMax] = l.ratio > of[kRatioMax] ? l.ratio : of[kRatioMax];
+    of[kRatioMin] = lesser(double(l.ratio), of[kRatioMin]);
+    of[kRatioMax] = greater(double(l.ratio), of[kRatioMax]);
     of[kClamps] += !inside(l.log_ratio);
     if (t.has_sampler) {
-      const double gap = fabsf(log_ratio(t.logp, t.sampler));
-      of[kGap] = gap > of[kGap] ? gap : of[kGap];
+      of[kGap] = greater(double(fabsf(log_ratio(t.logp, t.sampler))), of[kGap]);
     }
   }
 };
@@ -81,14 +80,18 @@ VG_DEVICE Token token_of(const PolicyTermsArgs& a, int64_t i) {
   return t;
 }
 
+// Nobody has looked at the ends of segments: no row outside is touched.
+VG_DEVICE int64_t row_at(int64_t i, int64_t total) { return i < 0 ? 0 : i < total ? i : total; }
+
 __global__ void __launch_bounds__(kMaxThreads)
     policy_terms_kernel(PolicyTermsArgs a, int64_t blocks) {
   VG_SHARED(Slots<Tally>, shared);
   const Objective& o = a.objective;
   const int64_t total = a.sequences * a.width, width = o.row_local() ? kRun : a.width;
   for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
-    const int64_t end = (b + 1) * width < total ? (b + 1) * width : total;
-    const int64_t first = b * width + threadIdx.x;
+    int64_t begin = b * width, end = (b + 1) * width < total ? (b + 1) * width : total;
+    if (a.segments) begin = row_at(a.segments[b], total), end = row_at(a.segments[b + 1], total);
+    const int64_t first = begin + threadIdx.x;
     Sequence sequence;
     if (!o.row_local()) {
       SequenceSums s;
@@ -121,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         }
         n.of[kLoss] += w * value;
         n.pending += double(w) * l.sequence_slope;
-        dlogp = w * l.slope;
+        dlogp = w * seen(value, l.slope);
       }
       a.dlogp[i] = dlogp;
       a.dentropy[i] = dentropy;
@@ -160,13 +163,14 @@ __global__ void __launch_bounds__(32) policy_totals_kernel(PolicyTotalsArgs a) {
 
 extern "C" int64_t vg_policy_blocks(const PolicyTermsArgs* a) {
   if (a->objective.row_local()) return (a->sequences * a->width + kRun - 1) / kRun;
+  if (a->segments) return a->segment_count;
   return a->width ? a->sequences : 0;
 }
 
 extern "C" int vg_policy_terms(const PolicyTermsArgs* a, void* stream) {
   const int64_t blocks = vg_policy_blocks(a), total = a->sequences * a->width;
   if (blocks == 0) return 0;
-  const int64_t width = a->objective.row_local() ? kRun : a->width;
+  const int64_t width = a->objective.row_local() || a->segments ? kRun : a->width;
   const int64_t most = total < width ? total : width;
   VG_LAUNCH(policy_terms_kernel, grid_for(blocks), most < 256 ? threads_for(most) : 256, 0, stream,
             *a, blocks);

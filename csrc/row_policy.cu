@@ -22,7 +22,8 @@ VG_DEVICE void coefficients(const RowPolicyArgs& a, int64_t i, float logp, float
   Token t{logp, a.old_logp ? a.old_logp[i] : logp, a.advantages[i]};
   if (a.ref_logp) t.ref = a.ref_logp[i], t.has_ref = true;
   if (a.sampler_logp) t.sampler = a.sampler_logp[i], t.has_sampler = true;
-  ce[0] = w * float(token_loss(t, Sequence{}, o).slope);
+  const TokenLoss l = token_loss(t, Sequence{}, o);
+  ce[0] = w * seen(l.value, l.slope);
   ce[1] = -w * o.entropy_coef;
 }
 

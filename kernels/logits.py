@@ -22,8 +22,8 @@ def launch(columns, per_thread=16, most=MAX_BLOCK):
 
 
 def launch_rows(x):
-    """`launch` for rows of x [R, V] that are read once. Where columns are loaded one by one, sixteen
-    addresses a thread take more registers than two programs on a processor have."""
+    """`launch` for rows of x [R, V] that are read once. Where columns are loaded one by one,
+    sixteen addresses a thread take more registers than two programs on a processor have."""
     return launch(x.shape[1], per_thread=8 if x.shape[1] % 16 or x.stride(0) % 16 else 16)
 
 

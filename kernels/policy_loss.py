@@ -36,35 +36,46 @@ def policy_loss_fwd(
     sampler_logp,
     entropy,
     packed,
+    segments=None,  # [S + 1] int64: the sequences, instead of the rows of [B, T]
 ):
     rows = (logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy)
-    dlogp, dentropy, partial = policy_terms(*rows, packed)
+    dlogp, dentropy, partial = policy_terms(*rows, packed, segments)
     loss, counts = totals(partial)
     return loss, dlogp, dentropy, counts
 
 
 def policy_terms(
-    logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy, packed
-):  # fmt: skip
+    logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy, packed, segments=None
+):
     """(dlogp, dentropy, a row of sums and extremes per program) of [B, T] tokens."""
     knobs, codes = objective.unpack(packed)
     given = (logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy)
     given = tuple(None if t is None else t.contiguous() for t in given)
     dlogp, dentropy = (torch.empty_like(given[0]) for _ in range(2))
     local = objective.row_local(codes)
-    width = logp.numel() if local else logp.shape[1]
+    count = logp.numel()
+    width, sequences = (count, 1) if local else (logp.shape[1], logp.shape[0])
+    if segments is not None and not local:
+        sequences = segments.numel() - 1
+        width = -(-count // max(sequences, 1))  # on average: nobody looks at the lengths
     block = min(max(triton.next_power_of_2(width), 128), BLOCK)
-    programs = max(-(-width // block) if local else logp.shape[0], 1)
+    programs = max(-(-width // block) if local else sequences, 1)
     partial = torch.empty(programs, SIZE, dtype=torch.float32, device=logp.device)
-    count = width if local else min(width, logp.numel())
+    # Tokens a thread: their values and running sums are to fit in 128 registers.
+    options = {"BLOCK": block, "num_warps": block // (32 * (4 if local else 2))}
+    made = (dlogp, dentropy, partial)
     with torch.cuda.device_of(logp):
-        kernel = _token_kernel if local else _sequence_kernel
-        # Tokens a thread: their values and running sums are to fit in 128 registers.
-        each = 4 if local else 2
-        kernel[(programs,)](
-            *given, dlogp, dentropy, partial, count, knobs, **codes, BLOCK=block,
-            num_warps=block // (32 * each), enable_fp_fusion=True
-        )  # fmt: skip
+        if local:
+            _token_kernel[(programs,)](
+                *given, *made, count, knobs, **codes, **options, enable_fp_fusion=True
+            )
+        else:
+            if segments is not None and not sequences:  # the one program reads two ends
+                segments = torch.zeros(2, dtype=torch.int64, device=logp.device)
+            _sequence_kernel[(programs,)](
+                *given, *made, segments, min(width, count), count, knobs, **codes, **options,
+                enable_fp_fusion=True
+            )  # fmt: skip
     return dlogp, dentropy, partial
 
 
@@ -159,11 +170,13 @@ def _count(acc, live, m, value, w, t, lp, sampler, ent):
     s_kl += tl.where(live, kl, 0.0)
     s_ent += tl.where(live, ent, 0.0)
     s_r += tl.where(live, r, 0.0)
-    least = tl.minimum(least, tl.where(live, r, INF))
-    most = tl.maximum(most, tl.where(live, r, -INF))
+    # a NaN stays, whatever follows it
+    least = tl.where(live & ((r < least) | (r != r)), r, least)
+    most = tl.where(live & ((r > most) | (r != r)), r, most)
     far += (live & ~objective.inside(d)).to(tl.float32)
     if sampler is not None:
-        gap = tl.maximum(gap, tl.where(live, tl.abs(log_ratio(lp, sampler)), 0.0))
+        own = tl.abs(log_ratio(lp, sampler))
+        gap = tl.where(live & ((own > gap) | (own != own)), own, gap)
     return loss, tokens, active, n_low, n_high, n_dual, s_kl, s_ent, s_r, least, most, far, gap
 
 
@@ -177,10 +190,10 @@ def _fresh(BLOCK: tl.constexpr):
 def _store_counts(to, acc):
     for j in tl.static_range(9):
         tl.store(to + j, tl.sum(acc[j], 0))
-    tl.store(to + 9, tl.min(acc[9], 0))
-    tl.store(to + 10, tl.max(acc[10], 0))
+    tl.store(to + 9, lowest(acc[9]))
+    tl.store(to + 10, -lowest(-acc[10]))
     tl.store(to + 11, tl.sum(acc[11], 0))
-    tl.store(to + 12, tl.max(acc[12], 0))
+    tl.store(to + 12, -lowest(-acc[12]))
 
 
 @triton.jit
@@ -201,6 +214,7 @@ def _token_kernel(
         RATIO, SURROGATE, DUAL, DELTA, BETA, KL, KL_RATIO, KL_STRAIGHT, FIX
     )  # fmt: skip
     value, ent, de = _entropy(value, entropy, i, live, w, k, BLOCK)
+    slope = tl.where(value != value, value, slope)  # whatever it is NaN from: to be seen
     acc = _count(_fresh(BLOCK), live, w != 0, value, w, (d, r, kl, low, high, dual), lp, sm, ent)
     tl.store(dlogp + i, tl.where(live, w * slope, 0.0), mask=i < N)
     tl.store(dentropy + i, tl.where(live, de, 0.0), mask=i < N)
@@ -209,19 +223,24 @@ def _token_kernel(
 
 @triton.jit
 def _sequence_kernel(
-    logp, advantages, row_weight, old, ref, sampler, entropy, dlogp, dentropy, partial, T, k,
+    logp, advantages, row_weight, old, ref, sampler, entropy, dlogp, dentropy, partial,
+    segments, T, N, k,
     RATIO: tl.constexpr, SURROGATE: tl.constexpr, DUAL: tl.constexpr, DELTA: tl.constexpr,
     BETA: tl.constexpr, KL: tl.constexpr, KL_RATIO: tl.constexpr, KL_STRAIGHT: tl.constexpr,
     FIX: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
+    first = pid * T
+    if segments is not None:  # nobody has looked at them: no row outside [0, N) is touched
+        first = tl.minimum(tl.maximum(tl.load(segments + pid), 0), N)
+        T = tl.minimum(tl.maximum(tl.load(segments + pid + 1), 0), N) - first
     through: tl.constexpr = RATIO > TOKEN and RATIO != SEQUENCE_TOKEN
     length = tl.zeros([BLOCK], tl.float32)
     ratio = tl.zeros([BLOCK], tl.float32)
     gap = tl.zeros([BLOCK], tl.float32)
     for start in range(0, T, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        i = pid * T + t
+        i = first + t
         w, lp, a, before = _load(logp, advantages, row_weight, old, i, t < T)
         m = w != 0
         length += m.to(tl.float32)
@@ -237,7 +256,7 @@ def _sequence_kernel(
     if through:
         for start in range(0, T, BLOCK):
             t = start + tl.arange(0, BLOCK)
-            i = pid * T + t
+            i = first + t
             w, lp, a, before = _load(logp, advantages, row_weight, old, i, t < T)
             rf = None if ref is None else tl.load(ref + i, mask=w != 0, other=0.0)
             sm = None if sampler is None else tl.load(sampler + i, mask=w != 0, other=0.0)
@@ -251,7 +270,7 @@ def _sequence_kernel(
     acc = _fresh(BLOCK)
     for start in range(0, T, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        i = pid * T + t
+        i = first + t
         w, lp, a, before = _load(logp, advantages, row_weight, old, i, t < T)
         rf = None if ref is None else tl.load(ref + i, mask=w != 0, other=0.0)
         sm = None if sampler is None else tl.load(sampler + i, mask=w != 0, other=0.0)
@@ -262,6 +281,7 @@ def _sequence_kernel(
             RATIO, SURROGATE, DUAL, DELTA, BETA, KL, KL_RATIO, KL_STRAIGHT, FIX
         )  # fmt: skip
         value, ent, de = _entropy(value, entropy, i, live, w, k, BLOCK)
+        slope = tl.where(value != value, value, slope)
         dl = tl.where(live, w * slope, 0.0)
         if through:
             share = ratio_share(lp, log_ratio(lp, before), a, inverse_length, k, RATIO)

@@ -105,10 +105,11 @@ def _row_policy_kernel(
             before = tl.load(old + i)
         rf = None if ref is None else tl.load(ref + i)
         sm = None if sampler is None else tl.load(sampler + i)
-        _, slope, _, _, _, _, _, _, _ = token_loss(
+        value, slope, _, _, _, _, _, _, _ = token_loss(
             lp, before, a, rf, sm, 0.0, 0.0, k,
             RATIO, SURROGATE, DUAL, DELTA, BETA, KL, KL_RATIO, KL_STRAIGHT, FIX
         )  # fmt: skip
+        slope = tl.where(value != value, value, slope)  # whatever it is NaN from: to be seen
         live = (w != 0) & (lp != -INF) & (log_z != -INF)
         if not ALWAYS:
             live = live & (a != 0)

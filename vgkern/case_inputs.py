@@ -158,6 +158,25 @@ def policy_rows(
     return out
 
 
+def laid_end_to_end(x: Inputs, mask: Tensor | None) -> Inputs:
+    """Padded rows [B, T] as packed ones [1, N]: what `mask` keeps, but for the first row of every
+    other sequence of two or more, which stays and stays masked."""
+    if mask is None:
+        raise ValueError("mask: got None; allowed: padding, of which packed rows are made")
+    lengths = mask.sum(-1)
+    kept, live = mask, mask.clone()
+    if mask.shape[1] > 1:
+        first = mask & (mask.cumsum(-1) == 1) & (lengths > 1)[:, None]
+        live[::2] &= ~first[::2]
+    out = dict(x)
+    for name, t in x.items():
+        if isinstance(t, Tensor) and t.shape[:2] == mask.shape:
+            out[name] = t[kept][None]
+    out["mask"] = live[kept][None]
+    out["segments"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return out
+
+
 def costates(
     x: Inputs,  # of `head`, and its mask
     seed: int,

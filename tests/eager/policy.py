@@ -1,5 +1,7 @@
 """Plain PyTorch for advantages and policy losses, as users write it; in fp64 the truth."""
 
+import itertools
+
 import torch
 from eager.embedding import carried
 from eager.logprobs import eager_linear_token_logprobs
@@ -75,11 +77,26 @@ def kl_of(e, o):
     return k2 + (kl - k2).detach() if o.kl_straight_through else kl
 
 
+def padded(x, segments):
+    """[S, T] of packed rows [N] or [1, N]; 0 past a sequence's end."""
+    if x is None:
+        return None
+    x, ends = x.reshape(-1), segments.tolist()
+    rows = [x[a:b] for a, b in itertools.pairwise(ends)]
+    width = max((len(r) for r in rows), default=0)
+    return torch.stack([torch.nn.functional.pad(r, (0, width - len(r))) for r in rows])
+
+
 def eager_policy_loss(
     logp, advantages, objective, old_logp=None, ref_logp=None, sampler_logp=None, entropy=None,
-    mask=None
+    mask=None, segments=None
 ):  # fmt: skip
     o = objectives.resolve(objective)
+    if segments is not None:  # the padded form
+        cut = [padded(x, segments) for x in (logp, old_logp, ref_logp, sampler_logp, entropy)]
+        here = padded(torch.ones_like(logp) if mask is None else mask.to(logp.dtype), segments)
+        a = advantages if advantages.numel() != logp.numel() else padded(advantages, segments)
+        return eager_policy_loss(cut[0], a, o, *cut[1:], mask=here != 0)
     mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     f = mask.to(logp.dtype)
     A = advantages if advantages.ndim == logp.ndim else advantages[:, None]

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from vgkern import objectives
-from vgkern.case_inputs import GARBAGE, Inputs, costates, group_rewards, head, padding, policy_rows
+from vgkern.case_inputs import (
+    GARBAGE,
+    Inputs,
+    costates,
+    group_rewards,
+    head,
+    laid_end_to_end,
+    padding,
+    policy_rows,
+)
 from vgkern.cases._case import Case, costate_flops, head_bytes, nhv, size
 from vgkern.objectives import Objective
 
@@ -16,6 +25,8 @@ def _active(x: Inputs) -> int:
     shape = x["targets"].shape
     live = torch.ones(shape, dtype=torch.bool) if x.get("mask") is None else x["mask"] != 0
     a = x["advantages"]
+    if x.get("segments") is not None:
+        a = a.repeat_interleave(x["segments"].diff()).view(shape)
     a = a.reshape(-1, 1) if a.ndim < len(shape) else a
     return int((live if o.beta or o.entropy_coef else live & (a != 0)).sum())
 
@@ -46,6 +57,7 @@ def group_advantages(name: str, b: int, estimator: str, constant: float | None =
 
 def policy_loss(name: str, shape: tuple[int, ...], objective: Objective, **kw: Any) -> Case:
     side, far = kw.pop("pad", None), kw.pop("far", False)
+    packed = kw.pop("packed", False)  # the padded rows, laid end to end
 
     def make(dtype: torch.dtype, seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
@@ -56,7 +68,8 @@ def policy_loss(name: str, shape: tuple[int, ...], objective: Objective, **kw: A
             x["ref_logp"][:, ::3] += 3.5
         if objective.entropy_coef:
             x["entropy"] = 3 * torch.rand(*shape, generator=g).to(dtype)
-        return {"logp": logp, **x}
+        x["logp"] = logp
+        return laid_end_to_end(x, mask) if packed else x
 
     return Case(
         name,
@@ -75,6 +88,7 @@ def linear_policy_loss(
     side = kw.pop("pad", None)
     carried = kw.pop("costate", None)  # options of case_inputs.costates
     rows = {k: kw.pop(k) for k in ("token_advantages", "on_policy") if k in kw}
+    packed = kw.pop("packed", False)
 
     def make(dtype: torch.dtype, seed: int) -> Inputs:
         x, logp, _ = head(shape, h, v, dtype, seed, **kw)
@@ -82,6 +96,8 @@ def linear_policy_loss(
         if mask is not None:
             x["targets"] = x["targets"].where(mask, GARBAGE)
         x |= policy_rows(logp, objective, seed, mask=mask, **rows)
+        if packed:
+            x = laid_end_to_end(x, mask)
         if carried is not None:
             x["costate"] = costates(x, seed, **carried)
         return x
@@ -137,6 +153,15 @@ CASES: tuple[Case, ...] = (
                 pad="left"),
     policy_loss("sapo-sequence", (8, 7), _O.SAPO.replace(ratio="sequence", tau_neg=2.0),
                 pad="left"),
+    *(policy_loss(f"{n}-segments", (10, 33), o, pad="right", packed=True)
+      for n, o in _O.PRESETS.items()),
+    policy_loss("full-segments", (9, 70), _FULL, pad="left", packed=True),
+    policy_loss("sequence-mask-segments", (8, 7), Objective(
+        sampler_correction="sequence_mask", sampler_min=0.9), pad="right", packed=True),
+    policy_loss("vespo-sampler-segments", (8, 7), _O.VESPO.replace(
+        sampler_correction="token_truncate", sampler_min=0.5), pad="right", packed=True),
+    policy_loss("gspo-kl-corrected-segments", (8, 1100), _O.GSPO.replace(
+        beta=0.3, kl_ratio_corrected=True), pad="right", packed=True),
     policy_loss("delta", (8, 33), Objective(delta=1.5, clip_high=0.28), pad="left"),
     policy_loss("delta-low", (8, 33), Objective(delta=1.15, clip_high=0.5), pad="left"),
     policy_loss("delta-dual", (8, 33), Objective(delta=1.6, dual_clip=1.4), pad="left"),
@@ -165,6 +190,10 @@ CASES: tuple[Case, ...] = (
     linear_policy_loss("gspo", (10, 5), 64, 1000, _O.GSPO, pad="right"),
     *(linear_policy_loss(n, (10, 5), 7, 33, _O.PRESETS[n], pad="left")
       for n in ("gspo_token", "cispo_relative", "sapo", "vespo", "gmpo", "rloo_clip", "ppo")),
+    *(linear_policy_loss(f"{n}-segments", (10, 5), 7, 33, _O.PRESETS[n], pad="left", packed=True)
+      for n in ("grpo", "dr_grpo", "luspo", "gspo", "gmpo", "vespo")),
+    linear_policy_loss("costate-gspo-segments", (8, 5), 64, 257, _O.GSPO, pad="right", packed=True,
+                       costate={"he": 9, "relaxation": "gumbel", "tau": 0.6}),
     linear_policy_loss("reinforce-softcap", (8, 5), 64, 1000, _O.REINFORCE, pad="left",
                        softcap=6.0),
     linear_policy_loss("full-bias", (8, 9), 123, 1035, _FULL, pad="right", bias="plain",

@@ -17,6 +17,7 @@ entropy are one pass over the logits; every teacher is one pass of `linear_diver
 [N, V] exists. R_t is a scan of costates whose Jacobian is 1: `costate_scan`.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,14 @@ from torch import Tensor
 from vgkern import objectives
 from vgkern.objectives import Objective
 from vgkern.ops import _check
+from vgkern.ops._policy_rows import prepare, token_level
+from vgkern.ops._segments import REMEDY, Segments, segments_of
 from vgkern.ops.costate_scan import costate_scan
 from vgkern.ops.group_advantages import group_advantages
 from vgkern.ops.linear_divergence import KINDS, Divergence, linear_divergence
 from vgkern.ops.linear_policy_loss import linear_policy_loss
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
-from vgkern.ops.policy_loss import COUNTS, PolicyLoss, prepare
+from vgkern.ops.policy_loss import COUNTS, PolicyLoss
 
 BLOCKED = -1e8  # a bias at or below this makes an id impossible
 SCORE = Objective(advantage="none", ratio="none", surrogate="linear")
@@ -98,16 +101,17 @@ def analytic_loss_ref(
 
 @torch.no_grad()
 def future_advantages(
-    cost: Tensor,  # [B, T] fp32|fp64: f_t; what masked rows hold is not looked at
-    groups: Tensor,  # [B] int64 ids
+    cost: Tensor,  # [B, T], or packed [N] or [1, N], fp32|fp64: f_t; masked rows may hold anything
+    groups: Tensor,  # [B] int64 ids; packed: [S]
     *,
-    mask: Tensor | None = None,  # [B, T] bool or 0/1
+    mask: Tensor | None = None,  # like cost, bool or 0/1
+    segments: Tensor | None = None,  # int32|int64 [S + 1]: the sequences of packed rows
     future: float = 1.0,
     discount: float = 1.0,
     own: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """-A_t [B, T]: advantages of the costs to come, 0 where masked. Formula: module docstring.
+    """-A_t, like cost: advantages of the costs to come, 0 where masked. Formula: module docstring.
 
     own: the row's own cost belongs to its advantage as well, as it must where the cost depends on
     the row's token, like a sampled log-ratio: the same with cost_t + future R_t for future R_t.
@@ -115,14 +119,16 @@ def future_advantages(
     Raises ValueError / TypeError naming the argument: a wrong shape or dtype, future < 0, a
     discount outside [0, 1], a group of one, which has no baseline, NaN or inf in an unmasked cost.
     """
-    cost = _check.floating("cost", cost, 2)
-    groups = _check.targets("groups", groups, cost.shape[:1])
+    cost = _check.floating("cost", cost, None if segments is not None else 2)
+    packed = segments_of(segments, cost.shape, cost.device)
+    samples = cost.shape[:1] if packed is None else torch.Size([packed.count])
+    groups = _check.targets("groups", groups, samples)
     device = _check.same_device(cost=cost, groups=groups, mask=mask)
     if not 0 <= future < torch.inf:
         raise _check.fail("future", future, "a finite number >= 0")
     live = torch.ones_like(cost, dtype=torch.bool)
     if mask is not None:
-        live = _check.rows_like("mask", mask, cost.shape) != 0
+        live = _check.mask("mask", mask, cost.shape)
     f = cost.where(live, 0)
     if _check.can_look(device):
         _check_groups(groups)
@@ -131,19 +137,41 @@ def future_advantages(
             raise _check.NonFiniteError(f"cost: got {float(f[tuple(at)])} at {at}; allowed: finite")
     if not f.numel() or (future == 0 and not own):
         return torch.zeros_like(f)
-    one = torch.ones((), dtype=f.dtype, device=device)
-    scan = costate_scan(
-        one.expand(*f.shape, 1), f[..., None], f.new_zeros(len(f), 1), gamma=discount,
-        backend=backend,
-    )  # fmt: skip
-    to_go = (future * scan[:, 1:, 0] + (f if own else 0)).where(live, 0)
+    if packed is None:
+        to_go = future * _to_go(f, None, discount, backend)
+    else:
+        f, live = f.reshape(1, -1), live.reshape(1, -1)
+        to_go = future * _to_go(f, packed, discount, backend)
+    to_go = (to_go + (f if own else 0)).where(live, 0)
     index = groups.unique(return_inverse=True)[1]
-    zeros = f.new_zeros(len(f), f.shape[1])  # as many groups as sequences, at most
-    total = zeros.index_add(0, index, to_go)[index]
-    count = zeros.index_add(0, index, live.to(f.dtype))[index]
+    if packed is None:
+        zeros = f.new_zeros(len(f), f.shape[1])  # as many groups as sequences, at most
+        total = zeros.index_add(0, index, to_go)[index]
+        count = zeros.index_add(0, index, live.to(f.dtype))[index]
+    else:  # what the group has at each row's position
+        where = torch.stack([packed.spread(index), packed.position()])
+        at = where.unique(dim=1, return_inverse=True)[1]
+        zeros = f.new_zeros(f.shape[1])
+        total = zeros.index_add(0, at, to_go[0])[at][None]
+        count = zeros.index_add(0, at, live[0].to(f.dtype))[at][None]
     baseline = (total - to_go) / (count - 1).clamp(min=1)
     alone = count < 2  # where total - to_go need not round to 0
-    return (baseline.where(~alone, 0) - to_go).where(live, 0)
+    return (baseline.where(~alone, 0) - to_go).where(live, 0).view(cost.shape)
+
+
+def _to_go(f: Tensor, packed: Segments | None, discount: float, backend: str | None) -> Tensor:
+    """R_t [B, T]: costs after t, discounted. Between packed sequences the scan's Jacobian is 0."""
+    jacobian = torch.ones((), dtype=f.dtype, device=f.device).expand(*f.shape, 1)
+    push = f[..., None]
+    if packed is not None:
+        # x_t = J_t x_{t+1} + push_t with x the costate before row t: its own cost and those after
+        last = torch.zeros(f.shape[1] + 1, dtype=torch.bool, device=f.device)
+        last[packed.ends] = True  # row t + 1 begins a segment
+        jacobian = (~last[1:]).to(f.dtype)[None, :, None]
+    scan = costate_scan(jacobian, push, f.new_zeros(len(f), 1), gamma=discount, backend=backend)
+    if packed is None:
+        return scan[:, 1:, 0]
+    return scan[:, 1:, 0] * jacobian[..., 0]
 
 
 def _check_groups(groups: Tensor) -> None:
@@ -154,17 +182,17 @@ def _check_groups(groups: Tensor) -> None:
 
 
 def analytic_loss(
-    hidden: Tensor,  # [B, T, H] fp32|bf16|fp16|fp64
+    hidden: Tensor,  # [B, T, H], or packed [N, H] or [1, N, H]; fp32|bf16|fp16|fp64
     weight: Tensor,  # [V, H] dtype of hidden
-    targets: Tensor,  # [B, T] int64
+    targets: Tensor,  # like hidden's rows, int64
     teachers: Teacher | Sequence[Teacher] = (),
     *,
     entropy_coef: float = 0.0,  # nats of entropy are worth so much
-    groups: Tensor | None = None,  # [B] int64 ids; None: only with future=0 and no rewards
+    groups: Tensor | None = None,  # [B] ([S]) int64 ids; None: only with future=0 and no rewards
     future: float = 1.0,
     discount: float = 1.0,
-    advantages: Tensor | None = None,  # of a task, [B], [B, 1] or [B, T]
-    rewards: Tensor | None = None,  # [B], instead of advantages
+    advantages: Tensor | None = None,  # of a task, [B], [B, 1] or [B, T]; packed: [S], or by row
+    rewards: Tensor | None = None,  # [B] ([S]), instead of advantages
     objective: str | Objective = "rloo",
     bias: Tensor | None = None,
     temperature: float = 1.0,  # of student and teachers
@@ -172,6 +200,7 @@ def analytic_loss(
     old_logp: Tensor | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
+    segments: Tensor | None = None,  # int32|int64 [S + 1]: the sequences of packed rows
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
@@ -193,22 +222,26 @@ def analytic_loss(
     teachers = (teachers,) if isinstance(teachers, Teacher) else tuple(teachers)
     _check_analytic(o, teachers, entropy_coef, groups, future, softcap)
     targets = _check.targets("targets", targets, hidden.shape[:-1])
-    if targets.ndim != 2:
-        raise _check.fail("targets", targets, "[B, T]")
+    if targets.ndim != 2 and segments is None:
+        raise _check.fail("targets", targets, f"[B, T], or {REMEDY}")
     if advantages is not None and rewards is not None:
         raise ValueError("advantages, rewards: got both; allowed: at most one of them")
     if rewards is not None:
         advantages = group_advantages(rewards, groups, estimator=o.advantage, backend=backend)  # type: ignore[arg-type]
     elif advantages is None:
-        advantages = hidden.new_zeros(len(targets), dtype=torch.float32)
+        count = len(targets) if segments is None else len(segments) - 1
+        advantages = hidden.new_zeros(count, dtype=torch.float32)
     common: dict[str, Any] = dict(
-        bias=bias, temperature=temperature, softcap=softcap, mask=mask, backend=backend
-    )
+        bias=bias, temperature=temperature, softcap=softcap, mask=mask, backend=backend,
+        segments=segments,
+    )  # fmt: skip
     stats = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     plain = SCORE.replace(reduction=o.reduction, max_length=o.max_length)
-    _, (task, row_weight, *_) = prepare(
-        targets.shape, hidden.device, plain, advantages, None, None, None, mask, normalizer, stats
+    _, (task, row_weight, *_), _ = prepare(
+        targets.shape, hidden.device, plain, advantages, None, None, None, mask, normalizer, stats,
+        segments=segments, owner="targets",
     )  # fmt: skip
+    task, row_weight = task.view(targets.shape), row_weight.view(targets.shape)
     live = row_weight != 0
 
     metrics, direct, cost = {}, row_weight.new_zeros(()), torch.zeros_like(row_weight)
@@ -236,19 +269,23 @@ def analytic_loss(
     to_come = None
     if future and groups is not None and (teachers or entropy_coef):
         to_come = future_advantages(
-            cost, groups, mask=live, future=future, discount=discount, backend=backend
-        )
+            cost, groups, mask=live, segments=segments, future=future, discount=discount,
+            backend=backend,
+        )  # fmt: skip
         metrics["future"] = (to_come.square().sum() / live.sum().clamp(min=1)).sqrt()
     merged = to_come is not None and o.row_local
-    out = linear_policy_loss(
-        hidden, weight, targets, task + to_come if merged else task, objective=o,
-        old_logp=old_logp, sampler_logp=sampler_logp, normalizer=normalizer, **common,
-    )  # fmt: skip
-    loss = out.loss + direct
-    if to_come is not None and not merged:
-        loss = loss + linear_policy_loss(
-            hidden, weight, targets, to_come, objective=plain, normalizer=normalizer, **common
-        ).loss  # fmt: skip
+    if to_come is not None:
+        task = task + to_come if merged else task
+    with token_level() if to_come is not None else contextlib.nullcontext():
+        out = linear_policy_loss(
+            hidden, weight, targets, task, objective=o, old_logp=old_logp,
+            sampler_logp=sampler_logp, normalizer=normalizer, **common,
+        )  # fmt: skip
+        loss = out.loss + direct
+        if to_come is not None and not merged:
+            loss = loss + linear_policy_loss(
+                hidden, weight, targets, to_come, objective=plain, normalizer=normalizer, **common
+            ).loss  # fmt: skip
     return PolicyLoss(loss, {**out.metrics, **metrics})
 
 

@@ -89,6 +89,27 @@ def rows_like(name: str, x: object, shape: torch.Size, allowed: str | None = Non
     return x
 
 
+def mask(name: str, x: object, shape: torch.Size, allowed: str | None = None) -> Tensor:
+    """A mask as bool. On CPU anything but bool, 0 and 1 is refused; elsewhere it counts as 1."""
+    x = rows_like(name, x, shape, allowed)
+    if x.dtype == torch.bool:
+        return x
+    m = x != 0
+    if can_look(x.device) and bool((m & (x != 1)).any()):
+        at = (m & (x != 1)).nonzero()[0].tolist()
+        raise fail(name, f"{x[tuple(at)].item()} at {at}", "bool, or 0 and 1")
+    return m
+
+
+def token_weight(name: str, x: object, live: Tensor) -> Tensor:
+    """Factors of tokens: finite and >= 0 where live; 0 elsewhere."""
+    w = rows_like(name, floating(name, x), live.shape).detach().where(live, 0)
+    if can_look(w.device) and not bool(((w >= 0) & w.isfinite()).all()):
+        at = (~((w >= 0) & w.isfinite())).nonzero()[0].tolist()
+        raise fail(name, f"{w[tuple(at)].item()} at {at}", "finite numbers >= 0")
+    return w
+
+
 def targets(name: str, x: object, shape: torch.Size) -> Tensor:
     x = rows_like(name, x, shape)
     if x.dtype != torch.int64:

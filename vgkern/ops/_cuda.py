@@ -210,16 +210,19 @@ def policy_terms(
     sampler_logp: Tensor | None,
     entropy: Tensor | None,
     objective: list[float],
+    segments: Tensor | None = None,  # [S + 1] int64: the sequences, not the rows of [B, T]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dlogp, dentropy, what each block of the kernel sums over its tokens)."""
     b, t = logp.shape
     row_local = objective[0] <= 1 and objective[10] < 3  # objective.h's row_local
     blocks = -(-b * t // 1024) if row_local else b if t else 0
+    if segments is not None and not row_local:
+        blocks = segments.numel() - 1
     dlogp, dentropy = logp.new_empty(b, t), logp.new_empty(b, t)
     partial = logp.new_empty(blocks, 13, dtype=torch.float64)
     given = (logp, advantages, row_weight, old_logp, ref_logp, sampler_logp, entropy)
     torch.ops.vgkern_launch.policy_terms(
-        *(_plain(x) for x in given), objective, dlogp, dentropy, partial
+        *(_plain(x) for x in given), objective, _plain(segments), dlogp, dentropy, partial
     )
     return dlogp, dentropy, partial
 

@@ -22,6 +22,8 @@ from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
 from vgkern.ops._linear import grads_like, linear_inputs
+from vgkern.ops._policy_rows import Rows, no_nan_rows, prepare
+from vgkern.ops._segments import Segments
 from vgkern.ops.costate import (
     COSTATE,
     Carried,
@@ -33,16 +35,16 @@ from vgkern.ops.costate import (
 )
 from vgkern.ops.group_advantages import group_advantages
 from vgkern.ops.linear_token_logprobs import (
+    linear_token_logprobs,
     linear_token_logprobs_ref,
     scored,
 )
 from vgkern.ops.policy_loss import (
     COUNTS,
     PolicyLoss,
+    computed,
     metrics_dict,
-    policy_loss,
     policy_loss_ref,
-    prepare,
 )
 
 
@@ -51,16 +53,17 @@ def linear_policy_loss_ref(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [...] int64
-    rows: tuple[Tensor, ...],  # advantages, row weight, old, ref, sampler: [...] or None
+    rows: Rows,  # [...] each
     o: Objective,
     temperature: float = 1.0,
     softcap: float = 0.0,
     costate: Carried | None = None,
+    segments: Segments | None = None,  # of [N] rows
 ) -> tuple[Tensor, Tensor]:
-    targets = targets.where(rows[1] != 0, -100)
+    targets = targets.where(rows.weight != 0, -100)
     lp = linear_token_logprobs_ref(hidden, weight, bias, targets, temperature, softcap)
     a, w, old, ref, sampler = rows
-    loss, counts = policy_loss_ref(lp.logp, a, w, o, old, ref, sampler, lp.entropy)
+    loss, counts = policy_loss_ref(lp.logp, a, w, o, old, ref, sampler, lp.entropy, segments)
     if costate is None:
         return loss, counts
     h2 = hidden.reshape(-1, hidden.shape[-1])
@@ -140,21 +143,23 @@ def _forward(ops: Any, sparse_tol: float) -> Any:
 
 
 def linear_policy_loss(
-    hidden: Tensor,  # [B, T, H] or [N, H], fp32|bf16|fp16|fp64
+    hidden: Tensor,  # [B, T, H], or packed [N, H] or [1, N, H]; fp32|bf16|fp16|fp64
     weight: Tensor,  # [V, H] dtype of hidden
-    targets: Tensor,  # [B, T] or [N] int64
-    advantages: Tensor | None = None,  # [B], [B, 1] or [B, T]
+    targets: Tensor,  # like hidden's rows, int64
+    advantages: Tensor | None = None,  # [B], [B, 1] or [B, T]; packed: [S], or like targets
     *,
-    rewards: Tensor | None = None,  # [B], with groups [B] int64, instead of advantages
+    rewards: Tensor | None = None,  # [B] ([S]), with groups [B] int64, instead of advantages
     groups: Tensor | None = None,
     objective: str | Objective = "grpo",
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # one, or one per row, like targets
     softcap: float | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
+    token_weight: Tensor | None = None,  # like targets, >= 0
+    segments: Tensor | None = None,  # int32|int64 [S + 1]: the sequences of packed rows
     normalizer: float | Tensor | None = None,
     costate: Costate | None = None,  # value [B, T, He] or [N, He]
     sparse_tol: float | None = None,  # relative error of the gradients of hidden and weight
@@ -163,7 +168,11 @@ def linear_policy_loss(
     """The fused loss: `policy_loss(linear_token_logprobs(...))` in one op, never [N, V].
 
     `hidden` row i predicts `targets` row i (never shifted here). Targets of masked rows may hold
-    anything. Gradients flow to hidden, weight and bias, in their dtypes.
+    anything. Gradients flow to hidden, weight and bias, in their dtypes. segments, token_weight and
+    mask: as in `policy_loss`.
+
+    temperature: one per row is scored by `linear_token_logprobs`, a product more than the fused
+    pass has; a row at 0 is greedy and has no gradient.
 
     costate: adds to those gradients what `vgkern.Costate` says, times whatever arrives at the loss,
     whose value it leaves alone; masked rows have none. Same recompute, no further one.
@@ -185,22 +194,37 @@ def linear_policy_loss(
     targets = _check.targets("targets", targets, hidden.shape[:-1])
     _check.same_device(hidden=hidden, targets=targets)
     advantages = _given_advantages(advantages, rewards, groups, o, backend)
-    scalars = (_check.positive("temperature", temperature), _check.softcap(softcap))
+    by_row = isinstance(temperature, Tensor)
+    scalars = (1.0 if by_row else _check.positive("temperature", temperature),
+               _check.softcap(softcap))  # fmt: skip
     stats = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    o, rows = prepare(
+    o, rows, packed = prepare(
         targets.shape, device, o, advantages, old_logp, ref_logp, sampler_logp, mask, normalizer,
-        stats
+        stats, token_weight=token_weight, segments=segments, owner="targets"
     )  # fmt: skip
-    also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
-    chosen = choose(backend, device, hidden.dtype, *also)
+    dtypes = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
+    chosen = choose(backend, device, hidden.dtype, *dtypes)
+    live = (rows.weight != 0).view(targets.shape)
     if chosen not in ("triton", "cuda") or not o.row_local or _check.can_look(device):
         # else the kernels see to it: six launches fewer, where nobody can be told
-        targets = _check.target_range("targets", targets, weight.shape[0], rows[1] != 0)
-    carried = None if costate is None else carried_rows(costate, rows[1] != 0, weight)
-    tol = _sparse(sparse_tol, chosen, o)
+        targets = _check.target_range("targets", targets, weight.shape[0], live)
+    carried = None if costate is None else carried_rows(costate, live, weight)
+    tol = _sparse(sparse_tol, chosen, o, by_row)
+    if by_row:
+        if costate is not None:
+            raise NotImplementedError("costate: not with a temperature per row; pass one number")
+        lp = linear_token_logprobs(
+            hidden, weight, targets.where(live, -100), bias=bias, temperature=temperature,
+            softcap=softcap, backend=chosen,
+        )  # fmt: skip
+        return computed(chosen, lp.logp, lp.entropy, o, rows, packed)
     if chosen == "torch":
-        given = (hidden, weight, bias, targets, rows, o, *scalars)
-        loss, counts = linear_policy_loss_ref(*given, *([] if carried is None else [carried]))
+        if packed is not None:
+            hidden, targets = h2, targets.reshape(-1)
+        also = [carried, packed] if packed is not None else [] if carried is None else [carried]
+        loss, counts = linear_policy_loss_ref(
+            hidden, weight, bias, targets, rows, o, *scalars, *also
+        )
     elif o.row_local:
         flat = tuple(None if t is None else t.reshape(-1).contiguous() for t in rows)
         needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
@@ -209,16 +233,15 @@ def linear_policy_loss(
             chosen, h2, hw, bias, targets.reshape(-1), flat, o, scalars, needs, carried, tol
         )
     else:
-        y, shape = targets.where(rows[1] != 0, -100), targets.shape
+        y = targets.where(live, -100)
         logp, entropy, term = scored(chosen, hidden, h2, hw, bias, y, (*scalars, -100), carried)
         _check.no_nan("hidden", logp.detach(), "the log-probability (hidden, weight or bias)")
-        out = policy_loss(
-            logp.view(shape), rows[0], objective=o, old_logp=old_logp, ref_logp=ref_logp,
-            sampler_logp=sampler_logp, entropy=entropy.view(shape), mask=mask,
-            normalizer=normalizer, backend=chosen
-        )  # fmt: skip
+        logp, entropy = logp.view(targets.shape), entropy.view(targets.shape)
+        out = computed(chosen, logp, entropy, o, rows, packed)
         return out if carried is None else out._replace(loss=out.loss + term)
-    _check.no_nan("hidden", loss.detach().reshape(1), "the loss (hidden, weight or bias)")
+    if _check.can_look(device) and bool(loss.detach().isnan()):
+        no_nan_rows(rows, targets.shape)
+        _check.no_nan("hidden", loss.detach().reshape(1), "the loss (hidden, weight or bias)")
     metrics = metrics_dict(counts)
     if tol:
         report = loss.new_tensor([1.0, 1, 0, 0]) if chosen == "torch" else made[3]
@@ -226,12 +249,14 @@ def linear_policy_loss(
     return PolicyLoss(loss, metrics)
 
 
-def _sparse(sparse_tol: float | None, backend: str, o: Objective) -> float:
+def _sparse(sparse_tol: float | None, backend: str, o: Objective, by_row: bool) -> float:
     """0.0 stands for dense products below the public function."""
     if sparse_tol is None:
         return 0.0
     if _check.positive("sparse_tol", sparse_tol) >= 1:
         raise _check.fail("sparse_tol", sparse_tol, "0 < sparse_tol < 1, a relative error")
+    if by_row:
+        raise NotImplementedError("sparse_tol: not with a temperature per row; pass one number")
     if backend not in ("cpu", "torch"):
         why = f"backend {backend!r} has dense products only"
         raise NotImplementedError(f"sparse_tol: {why}; pass sparse_tol=None")

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vgkern import objectives
 from vgkern.objectives import Objective
 from vgkern.ops import _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
+from vgkern.ops._policy_rows import Rows, prepare
+from vgkern.ops._segments import Segments
 
 CLAMP = 20.0
 LOW = -1e15  # stands for a log-prob of -inf: its square, and sums over a batch, stay finite
@@ -39,7 +40,7 @@ class PolicyLoss(NamedTuple):
 
 
 def policy_loss_ref(
-    logp: Tensor,  # [..., T]
+    logp: Tensor,  # [..., T], or [N] with segments
     advantages: Tensor,  # broadcastable to logp
     weight: Tensor,  # like logp: 0 where masked
     o: Objective,
@@ -47,25 +48,28 @@ def policy_loss_ref(
     ref: Tensor | None = None,
     sampler: Tensor | None = None,
     entropy: Tensor | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Tensor, Tensor]:
     m = weight != 0
     zeros = torch.zeros_like(logp)
     lp, a = logp.where(m, 0), advantages.where(m, 0)  # select before any exp: 0 * inf is NaN
     old = (logp.detach() if old is None else old).where(m, 0)
     own = _minus(lp, old)
-    d = _log_ratio(own, a, m, o)
+    d = _log_ratio(own, a, m, o, segments)
     r = d.clamp(-CLAMP, CLAMP).exp()
     fix = torch.ones_like(lp)
     if sampler is not None and o.sampler_correction != "none":
-        fix = _correction(_minus(old, sampler.where(m, 0)), o)
-    loss = _surrogate(lp, d, r, a, fix.where(m, 1), o)
+        fix = _correction(_minus(old, sampler.where(m, 0)), o, segments)
+    loss = _surrogate(lp, d, r, a, fix.where(m, 1), o, segments)
     kl = _kl(zeros if ref is None else _minus(ref.where(m, 0), lp), o)
     if o.beta:
         by = own.clamp(-CLAMP, CLAMP).exp() if o.ratio in ("sequence_sum", "geometric") else r
         loss = loss + o.beta * (kl * by if o.kl_ratio_corrected else kl)
     ent = zeros if entropy is None else entropy.where(m, 0)
     gap = zeros if sampler is None else _minus(lp, sampler.where(m, 0))
-    total = (weight * (loss - o.entropy_coef * ent)).sum()
+    loss = loss - o.entropy_coef * ent
+    sick = zeros.masked_fill(loss.detach().isnan(), torch.nan)  # a NaN term has a NaN gradient
+    total = (weight * (loss + sick * lp.where(lp != -torch.inf, 0))).sum()
     return total, _count(m, a, own, d, r, kl, ent, gap, o)
 
 
@@ -74,24 +78,36 @@ def _minus(x: Tensor, y: Tensor) -> Tensor:
     return x.clamp(min=LOW) - y.clamp(min=LOW)
 
 
-def _log_ratio(own: Tensor, a: Tensor, m: Tensor, o: Objective) -> Tensor:
+def _over(x: Tensor, segments: Segments | None) -> Tensor:
+    """To every token the sum of x over its sequence."""
+    if segments is None:
+        return x.sum(-1, keepdim=True).expand_as(x)
+    return segments.spread(segments.sums(x))
+
+
+def _log_ratio(
+    own: Tensor, a: Tensor, m: Tensor, o: Objective, segments: Segments | None
+) -> Tensor:
     """What r is formed of, from each token's own log-ratio (0 where masked)."""
     if o.ratio in ("none", "token"):
         return own
-    own, n = own.clamp(-CLAMP, CLAMP), m.sum(-1, keepdim=True).clamp(min=1)
+    own, n = own.clamp(-CLAMP, CLAMP), _over(m.to(own.dtype), segments).clamp(min=1)
     if o.ratio == "sequence_sum":
-        return own.sum(-1, keepdim=True).expand_as(own)
+        return _over(own, segments)
     if o.ratio == "geometric":
         own = torch.where(a > 0, own.clamp(max=o.clip_high), own.clamp(min=-o.clip_low))
-    mean = (own.sum(-1, keepdim=True) / n).expand_as(own)
+    mean = _over(own, segments) / n
     return mean.detach() + (own - own.detach()) if o.ratio == "sequence_token" else mean
 
 
-def _surrogate(lp: Tensor, d: Tensor, r: Tensor, a: Tensor, fix: Tensor, o: Objective) -> Tensor:
+def _surrogate(
+    lp: Tensor, d: Tensor, r: Tensor, a: Tensor, fix: Tensor, o: Objective,
+    segments: Segments | None,
+) -> Tensor:  # fmt: skip
     score = lp.where(lp != -torch.inf, 0)  # a blocked token has no score
     bounded = r.clamp(1 - o.clip_low, 1 + o.clip_high)
     if o.surrogate == "vespo":  # the sampler correction is part of phi
-        return -_phi(d, a, fix, o) * a * score
+        return -_phi(d, a, fix, o, segments) * a * score
     if o.surrogate == "linear":
         loss = -a * (score if o.ratio == "none" else r)
     elif o.surrogate == "cispo":
@@ -107,9 +123,9 @@ def _surrogate(lp: Tensor, d: Tensor, r: Tensor, a: Tensor, fix: Tensor, o: Obje
     return loss * fix
 
 
-def _phi(d: Tensor, a: Tensor, fix: Tensor, o: Objective) -> Tensor:
+def _phi(d: Tensor, a: Tensor, fix: Tensor, o: Objective, segments: Segments | None) -> Tensor:
     """VESPO's gamma weight of the sequence's ratio, detached; its exponent is clamped too."""
-    w = d + fix.log().clamp(LOG_TINY, CLAMP).sum(-1, keepdim=True)
+    w = d + _over(fix.log().clamp(LOG_TINY, CLAMP), segments)
     w = w.detach().clamp(LOG_TINY, CLAMP)
     k, by = (
         torch.where(a >= 0, up, down).to(a.dtype)
@@ -121,10 +137,10 @@ def _phi(d: Tensor, a: Tensor, fix: Tensor, o: Objective) -> Tensor:
     return (by + k * w - by * w.exp()).clamp(max=CLAMP).exp()
 
 
-def _correction(gap: Tensor, o: Objective) -> Tensor:
+def _correction(gap: Tensor, o: Objective, segments: Segments | None) -> Tensor:
     """Weight exp(old - sampler) against sampler/trainer mismatch, truncated or masked; detached."""
     if o.sampler_correction.startswith("sequence"):
-        gap = gap.clamp(-CLAMP, CLAMP).sum(-1, keepdim=True)
+        gap = _over(gap.clamp(-CLAMP, CLAMP), segments)
     w = gap.detach().clamp(-CLAMP, CLAMP).exp()
     if o.sampler_correction.endswith("truncate"):
         return w.clamp(o.sampler_min, o.sampler_max)
@@ -186,9 +202,10 @@ class PolicyLossFunction(torch.autograd.Function):
         weight: Tensor,  # [B, T]
         logs: tuple[Tensor | None, Tensor | None, Tensor | None],  # old, ref, sampler
         o: Objective,
+        ends: Tensor | None,  # [S + 1] int64: the sequences of [N, 1] rows
     ) -> tuple:
         return operators(backend).policy_loss_fwd(
-            logp, advantages, weight, *logs, entropy, o.pack()
+            logp, advantages, weight, *logs, entropy, o.pack(), ends
         )
 
     @staticmethod
@@ -206,13 +223,13 @@ class PolicyLossFunction(torch.autograd.Function):
             None,
             dlogp * dloss if needs[1] else None,
             dentropy * dloss if needs[2] else None,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
 def policy_loss(
-    logp: Tensor,  # [B, T] or [N], fp32 or fp64, nats
-    advantages: Tensor,  # [B], [B, 1] or [B, T]; [N] for packed logp
+    logp: Tensor,  # [B, T], or packed [N] or [1, N]; fp32 or fp64, nats
+    advantages: Tensor,  # [B], [B, 1] or [B, T]; packed: [S], or like logp
     *,
     objective: str | Objective = "grpo",
     old_logp: Tensor | None = None,  # like logp; None: on-policy, ratio 1 with a gradient
@@ -220,39 +237,66 @@ def policy_loss(
     sampler_logp: Tensor | None = None,
     entropy: Tensor | None = None,
     mask: Tensor | None = None,  # like logp, bool or 0/1; None: every token counts
+    token_weight: Tensor | None = None,  # like logp, >= 0: factors of the tokens' terms
+    segments: Tensor | None = None,  # int32|int64 [S + 1]: the sequences of packed rows
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """Loss of an objective over per-token log-probs, differentiable in logp and entropy.
 
+    segments: cumulative lengths, as flash attention takes them. The rows are then [N] or [1, N],
+    and the result is that of the padded form: sequence s is rows segments[s] up to
+    segments[s + 1], an empty one counts among the sequences, and advantages may be one for each,
+    [S].
+
+    token_weight: multiplies a token's term. What the reduction divides by, and the metrics, count
+    the token as one; a weight of 0 leaves it out as the mask does.
+
     Raises ValueError / TypeError naming the argument: wrong shapes or dtypes, an unknown objective,
-    beta > 0 without ref_logp, an entropy term without entropy, a correction without sampler_logp, a
-    sequence-level objective on packed [N] rows. Nothing active: a zero that is connected to logp.
+    beta > 0 without ref_logp, an entropy term without entropy, a correction without sampler_logp,
+    packed rows without segments where the objective looks at sequences; on CPU also a mask that is
+    not 0/1 and segments that are no cumulative lengths (on a GPU the loss is then NaN). Nothing
+    active: a zero that is connected to logp. A NaN in what a token's term is made of makes the loss
+    and that token's gradient NaN.
     """
     logp = _check.floating("logp", logp)
     logp = logp if logp.dtype == torch.float64 else logp.float()
-    o, rows = prepare(
+    o, rows, packed = prepare(
         logp.shape, logp.device, objective, advantages, old_logp, ref_logp, sampler_logp, mask,
-        normalizer, logp.dtype
+        normalizer, logp.dtype, token_weight=token_weight, segments=segments
     )  # fmt: skip
     if o.entropy_coef and entropy is None:
         raise ValueError("entropy: got None; allowed: a tensor like logp when entropy_coef > 0")
     if entropy is not None:
         _check.rows_like("entropy", _check.floating("entropy", entropy), logp.shape)
         _check.same_device(logp=logp, entropy=entropy)
-    chosen = choose(backend, logp.device, logp.dtype)
-    if chosen == "torch":
+    return computed(choose(backend, logp.device, logp.dtype), logp, entropy, o, rows, packed)
+
+
+def computed(
+    backend: str,
+    logp: Tensor,  # checked, as is all that follows
+    entropy: Tensor | None,
+    o: Objective,
+    rows: Rows,
+    packed: Segments | None,
+) -> PolicyLoss:
+    if packed is not None:
+        logp = logp.reshape(-1)
+        entropy = None if entropy is None else entropy.reshape(-1)
+    if backend == "torch":
         a, w, old, ref, sampler = rows
-        loss, counts = policy_loss_ref(logp, a, w, o, old, ref, sampler, entropy)
+        loss, counts = policy_loss_ref(logp, a, w, o, old, ref, sampler, entropy, packed)
     else:
-        two = tuple(None if t is None else _pair(t) for t in rows)
+        two = [None if t is None else _pair(t) for t in rows]
         loss, _, _, counts = PolicyLossFunction.apply(
-            chosen,
+            backend,
             _pair(logp),
             None if entropy is None else _pair(entropy.float()),
             *two[:2],
-            two[2:],
+            tuple(two[2:]),
             o,
+            None if packed is None or o.row_local else packed.ends,
         )
     return PolicyLoss(loss, metrics_dict(counts))
 
@@ -260,85 +304,6 @@ def policy_loss(
 def _pair(t: Tensor) -> Tensor:
     """[B, T] contiguous; packed rows become one-token sequences."""
     return (t if t.ndim == 2 else t.reshape(-1, 1)).contiguous()
-
-
-def prepare(
-    shape: torch.Size,
-    device: torch.device,
-    objective: str | Objective,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    sampler: Tensor | None,
-    mask: Tensor | None,
-    normalizer: float | Tensor | None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Objective, tuple[Any, ...]]:
-    """Checks and broadcasts what every policy loss takes: (objective, (advantages, weight, old,
-    ref, sampler)), each detached and of `shape` (or None)."""
-    o = objectives.resolve(objective)
-    if len(shape) not in (1, 2):
-        raise _check.fail("logp", f"shape {list(shape)}", "[B, T] or packed [N]")
-    if len(shape) == 1 and (o.reduction in ("seq", "seq_sum") or not o.row_local):
-        raise _check.fail("logp", "packed [N] rows", "[B, T] for a sequence-level objective")
-    _check.on_device(
-        device, "logp", advantages=advantages, old_logp=old, ref_logp=ref, sampler_logp=sampler,
-        mask=mask
-    )  # fmt: skip
-    logs: list[Tensor | None] = []
-    for name, t in (("old_logp", old), ("ref_logp", ref), ("sampler_logp", sampler)):
-        if t is not None:
-            t = _check.rows_like(name, _check.floating(name, t), shape).detach().to(dtype)
-        logs.append(t)
-    if o.beta and ref is None:
-        raise ValueError("ref_logp: got None; allowed: a tensor like logp when beta > 0")
-    if o.sampler_correction != "none" and sampler is None:
-        allowed = f"a tensor like logp for sampler_correction {o.sampler_correction!r}"
-        raise ValueError(f"sampler_logp: got None; allowed: {allowed}")
-    if mask is None:
-        m = torch.ones(shape, dtype=torch.bool, device=device)
-    else:
-        m = _check.rows_like("mask", mask, shape)
-        m = m if m.dtype == torch.bool else m != 0
-    a = _advantages(advantages, shape, dtype)
-    if _check.can_look(device) and bool((~a.isfinite() & m).any()):
-        raise _check.NonFiniteError("advantages: got NaN or inf; allowed: finite numbers")
-    return o, (a, _weights(m, o, normalizer).to(dtype), *logs)
-
-
-def _advantages(advantages: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    a = _check.floating("advantages", advantages).detach().to(dtype)
-    if len(shape) == 2 and a.shape in ((shape[0],), (shape[0], 1)):
-        return a.reshape(-1, 1).expand(shape)
-    if a.shape == shape:
-        return a
-    allowed = f"{list(shape)}" if len(shape) == 1 else f"[{shape[0]}], [{shape[0]}, 1], {[*shape]}"
-    raise _check.fail("advantages", a, allowed)
-
-
-def _weights(m: Tensor, o: Objective, normalizer: float | Tensor | None) -> Tensor:
-    """Row weights w_i of the reduction, fp64 until the end."""
-    w = m
-    sequences = m.shape[0] if m.ndim == 2 else m.numel()
-    width = o.max_length or (m.shape[1] if m.ndim == 2 else 1)
-    if o.reduction == "seq":
-        w = m.double() / m.sum(-1, keepdim=True).clamp(min=1)
-    by: Any = normalizer
-    if normalizer is None and o.reduction == "token":
-        by = m.sum()
-    elif normalizer is None:
-        by = {"fixed": sequences * width, "sum": 1}.get(o.reduction, sequences)
-    if isinstance(by, Tensor):
-        if by.numel() != 1:
-            raise _check.fail("normalizer", by, "a number, or a tensor of one")
-        by = by.detach().reshape(()).to(m.device, torch.float64)
-    if _check.can_look(m.device):  # elsewhere looking would be a host sync
-        by = float(by)
-        if normalizer is not None and (by != 0 or bool(m.any())):  # 0: nothing anywhere counts
-            _check.positive("normalizer", by)
-    if isinstance(by, Tensor):
-        return w / by.clamp(min=1e-12)  # fp64, as `by` is: a bool has no part in the dtype
-    return w.double() / max(by, 1e-12)
 
 
 def metrics_dict(counts: Tensor) -> dict[str, Tensor]:
@@ -355,7 +320,8 @@ def metrics_dict(counts: Tensor) -> dict[str, Tensor]:
 
 define(
     "policy_loss_fwd(Tensor logp, Tensor advantages, Tensor row_weight, Tensor? old_logp, "
-    "Tensor? ref_logp, Tensor? sampler_logp, Tensor? entropy, float[] objective) "
+    "Tensor? ref_logp, Tensor? sampler_logp, Tensor? entropy, float[] objective, "
+    "Tensor? segments=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     lambda logp, *rest: (
         logp.new_empty(()),

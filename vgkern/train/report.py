@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .log import Log
+from .update import extreme
 
 if TYPE_CHECKING:
     from .config import Config
@@ -99,7 +100,7 @@ def _sparse(steps: list[dict[str, Any]]) -> list[str]:
     if not found:
         return []
     dh, dw = (statistics.median(s[f"sparse_columns_{k}"] for s in found) for k in ("dh", "dw"))
-    worst = max(max(s["sparse_error_dh"], s["sparse_error_dw"]) for s in found)
+    worst = extreme(max, [s[f"sparse_error_{k}"] for s in found for k in ("dh", "dw")])
     return [
         f"  columns of the output layer multiplied: {dh:.1%} for dh, {dw:.1%} for dW (medians); "
         f"estimated error at most {worst:.1e}"

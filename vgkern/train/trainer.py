@@ -33,7 +33,7 @@ from .log import Log
 from .policy import Policy, Tokenizer
 from .tasks import Entry, Stream, Task
 from .teacher import load_teacher
-from .update import Batch, Update, make_objective, merge
+from .update import Batch, Update, extreme, make_objective, merge
 
 GAP_WARN, GAP_ERROR = 1e-4, 1e-2  # sampler against trainer, nats, fp32
 REPLAY_WARN = 0.999  # below this share of tokens chosen again: fp32 rounding flips one in 1e5
@@ -218,14 +218,14 @@ class Trainer:
         return False
 
     def check_gap(self, gap: float) -> None:
-        if gap > GAP_ERROR:
+        if not gap <= GAP_ERROR:  # NaN is no agreement
             raise TrainingError(
                 f"sampler and trainer disagree on a token's log-prob by {gap:.2e} (allowed: "
                 f"{GAP_ERROR}); padding, positions or the head differ between the two"
             )
         if gap > GAP_WARN and (self.gap or 0.0) <= GAP_WARN:
             self.log.line(f"warning: sampler and trainer disagree by {gap:.2e} (above {GAP_WARN})")
-        self.gap = max(self.gap or 0.0, gap)
+        self.gap = extreme(max, [self.gap or 0.0, gap])
 
     def check_replay(self, replay: float | None) -> None:
         if replay is None:
@@ -236,7 +236,7 @@ class Trainer:
                 f"(below {REPLAY_WARN:.1%}): the sampler has other weights, another temperature, "
                 f"truncation or precision than the trainer"
             )
-        self.replay = min(1.0 if self.replay is None else self.replay, replay)
+        self.replay = extreme(min, [1.0 if self.replay is None else self.replay, replay])
 
     def evaluate(self, entries: list[Entry], temperature: float) -> tuple[float, list[str]]:
         """Mean score of one completion per entry, and the completions. 0 is greedy.

@@ -11,6 +11,8 @@ Without KL, entropy and teacher it is `vgkern.linear_policy_loss` and nothing el
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 import vgkern
 from vgkern import objectives
 from vgkern.costate import Teacher, analytic_loss, future_advantages, replay_agreement
+from vgkern.ops._policy_rows import token_level
 
 from .config import Config
 from .errors import ConfigError
@@ -124,9 +127,10 @@ class Update:
                     discount=config.discount, own=True,
                 )  # fmt: skip
             ref = None if self.reference is None else self.logp(self.reference, where)
-            out = vgkern.linear_policy_loss(
-                *given, advantages, ref_logp=ref, sparse_tol=config.sparse_tol or None, **common
-            )
+            with token_level():  # of a distillation
+                out = vgkern.linear_policy_loss(
+                    *given, advantages, ref_logp=ref, sparse_tol=config.sparse_tol or None, **common
+                )
         if first_pass and self.replay and rollout.sequence is not None:
             more["replay"] = self.replayed(hidden.detach(), rollout, share)
         if first_pass and not int(out.metrics["active"]):  # the op compares active rows alone
@@ -187,9 +191,9 @@ def merge(parts: list[dict[str, float]], analytic: bool) -> dict[str, float]:
         if name in ("loss", "tokens", "active", "clamped"):
             merged[name] = sum(values)
         elif name in ("sampler_gap", "ratio_max"):
-            merged[name] = max(values)
+            merged[name] = extreme(max, values)
         elif name == "ratio_min":
-            merged[name] = min(values)
+            merged[name] = extreme(min, values)
         else:
             all_of = name in OF_TOKENS and (analytic or name != "entropy")
             weights = [part["tokens" if all_of else "active"] for part in parts]
@@ -197,3 +201,8 @@ def merge(parts: list[dict[str, float]], analytic: bool) -> dict[str, float]:
             weighted = sum(v**power * w for v, w in zip(values, weights, strict=True))
             merged[name] = (weighted / max(1.0, sum(weights))) ** (1 / power)
     return merged
+
+
+def extreme(of: Callable[[Iterable[float]], float], values: list[float]) -> float:
+    """The largest or smallest; NaN where there is one, which max and min of Python may drop."""
+    return math.nan if any(math.isnan(v) for v in values) else of(values)
