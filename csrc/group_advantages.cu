@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(32) groups_kernel(GroupAdvantagesArgs a) {
     square = warp_reduce(square);
     const double std = sqrt(square.value / (count - 1));
     for (int64_t k = begin; k < last; k += 32) {
-      const double r = a.rewards[a.order[k]], d = m.low == m.high ? 0.0 : r - mean;
+      const double r = a.rewards[a.order[k]], d = m.low == m.high && mean == mean ? 0.0 : r - mean;
       double x = d;
       if (a.estimator == kGrpo) x = d / (std + 1e-4);
       if (a.estimator == kGrpoVerl) x = d / (std + 1e-6);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   square = block_reduce(square, Total(), reinterpret_cast<Total*>(shared.bytes));
   const double by = sqrt(square.value / double(n > 1 ? n - 1 : 1) + 1e-8);
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
-    out[i] = m.low == m.high ? 0.0 : (x[i] - mean) / by;
+    out[i] = m.low == m.high && mean == mean ? 0.0 : (x[i] - mean) / by;
 }
 
 }  // namespace

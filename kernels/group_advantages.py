@@ -65,7 +65,7 @@ def _group_advantages_kernel(
             high = tl.maximum(high, tl.where(i < last, r, float("-inf")))
         n = (last - first).to(tl.float64)
         mean = tl.sum(total, 0) / n
-        flat = tl.min(low, 0) == tl.max(high, 0)
+        flat = (tl.min(low, 0) == tl.max(high, 0)) & (mean == mean)  # minima drop a NaN
         by = n * 0 + 1
         if RLOO:
             by = n / (n - 1)

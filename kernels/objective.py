@@ -117,7 +117,7 @@ def correction_weight(gap, k, FIX: tl.constexpr):
     if FIX == TOKEN_TRUNCATE or FIX == SEQUENCE_TRUNCATE:  # noqa: SIM109
         return at_most(at_least(w, k.sampler_min), k.sampler_max)
     else:
-        return tl.where((w >= k.sampler_min) & (w <= k.sampler_max), w, 0.0)
+        return tl.where((w < k.sampler_min) | (w > k.sampler_max), 0.0, w)  # NaN stays visible
 
 
 @triton.jit
