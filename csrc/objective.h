@@ -286,6 +286,7 @@ VG_HD inline void finish_counts(float* o) {
   const float n = at_least(o[1], 1.f);
   for (int i = 2; i < 8; ++i) o[i] /= n;
   if (!(o[1] > 0.f)) o[8] = o[9] = 1.f;
+  if (o[11] > -kLow / 2) o[11] = INFINITY;  // a gap to a log-prob of -inf
 }
 
 struct Counts {

@@ -111,6 +111,7 @@ def _totals_kernel(partial, P, loss, counts, ROWS: tl.constexpr):
     active = tl.sum(tl.where(j == 2, value, 0.0), 0)
     value = tl.where((j >= 3) & (j <= 8), value / tl.maximum(active, 1.0), value)
     value = tl.where(((j == 9) | (j == 10)) & (active <= 0), 1.0, value)
+    value = tl.where((j == 12) & (value > -objective.LOW / 2), INF, value)  # to a log-prob of -inf
     tl.store(loss + j, value, mask=j == 0)
     tl.store(counts + j - 1, value, mask=(j > 0) & (j < 13))
 

@@ -82,6 +82,13 @@ class Objective:
     max_length: int | None = None  # T of reduction "fixed"; None: the width of the batch
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            x = getattr(self, f.name)
+            if (
+                not isinstance(x, (str, bool, int, float, type(None)))
+                and getattr(x, "ndim", 1) == 0
+            ):
+                object.__setattr__(self, f.name, x.item())  # a 0-d tensor: the number it holds
         for field, allowed in (
             ("advantage", ESTIMATORS),
             ("ratio", RATIOS),
@@ -104,7 +111,7 @@ class Objective:
             _require(field, x, x is None or x > 1, "None or a ratio > 1")
             ok = x is None or self.surrogate == "clip"
             _require(field, x, ok, f"None with surrogate {self.surrogate!r}")
-        ok = math.isfinite(self.entropy_coef)
+        ok = -math.inf < self.entropy_coef < math.inf  # not isfinite: a compiler would burn it in
         _require("entropy_coef", self.entropy_coef, ok, "a finite number")
         _require("sampler_max", self.sampler_max, self.sampler_max > 0, "sampler_max > 0")
         ok = 0 <= self.sampler_min <= self.sampler_max

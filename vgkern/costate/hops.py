@@ -218,7 +218,12 @@ class _Link:
     def local(self, objective: Tensor) -> Tensor:
         """lambda^(0) [B, L, He]."""
         costate = self._activations(objective, None)
-        _check.no_nan("objective", costate.flatten(0, -2).sum(-1), "its gradient at inputs_embeds")
+        rows = costate.flatten(0, -2).isnan().any(-1)
+        if _check.can_look(rows.device) and bool(rows.any()):
+            at = int(rows.nonzero()[0])
+            raise _check.NonFiniteError(
+                f"objective: its gradient at inputs_embeds is NaN at row {at}; allowed: finite"
+            )
         return costate
 
     def pull(self, costate: Tensor) -> Tensor:

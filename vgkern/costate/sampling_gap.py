@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgkern.ops import _check
+from vgkern.ops import _cause, _check
 from vgkern.ops.linear_token_logprobs import linear_inputs, linear_logits_ref
 
 ROWS = 16 << 20  # bytes of a block of logits
@@ -65,7 +65,11 @@ def sampling_gap(
         for h in rows.split(size)  # fp32 throughout, so that blocks do not show
     ]
     gap = torch.cat(parts) if parts else rows.new_empty(0, dtype=up)
-    _check.no_nan("hidden", gap, "the sampling gap (hidden, weight, bias or embedding)")
+    if _check.can_look(device) and not bool(embedding.isfinite().all()):
+        at = (~embedding.isfinite()).nonzero()[0].tolist()
+        got = f"{float(embedding[tuple(at)])} at {at}"
+        raise _check.NonFiniteError(f"embedding: got {got}; allowed: finite numbers")
+    _cause.no_nan(gap, hidden, weight, bias, heat)
     return gap.view(hidden.shape[:-1])
 
 

@@ -3,6 +3,7 @@ and what is allowed."""
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,19 +66,33 @@ def on_device(device: torch.device, owner: str, **tensors: object) -> None:
             raise fail(name, f"a tensor on {t.device}", f"{device}, the device of {owner}")
 
 
-def positive(name: str, x: object) -> float:
-    if isinstance(x, bool) or not isinstance(x, Real) or not 0 < float(x) < math.inf:
+def number(x: Any) -> Any:
+    """A 0-d tensor as the number that it holds, as it is while a graph is traced; else x."""
+    if isinstance(x, Tensor) and x.ndim == 0 and not torch.compiler.is_compiling():
+        return x.item()
+    return x
+
+
+def positive(name: str, x: Any) -> float:
+    """x, a number or a 0-d tensor, as a float. Never converts what `torch.compile` traces."""
+    x = number(x)
+    if isinstance(x, Tensor) and x.ndim == 0:
+        return x  # type: ignore[return-value]  # traced: nobody can look
+    if isinstance(x, bool) or not isinstance(x, Real) or not 0 < x < math.inf:  # type: ignore[operator]
         raise fail(name, x, "a finite number > 0")
-    return float(x)
+    return x if torch.compiler.is_compiling() else float(x)  # type: ignore[return-value]
 
 
-def finite(name: str, x: object) -> float:
-    if isinstance(x, bool) or not isinstance(x, Real) or not math.isfinite(float(x)):
+def finite(name: str, x: Any) -> float:
+    x = number(x)
+    if isinstance(x, Tensor) and x.ndim == 0:
+        return x  # type: ignore[return-value]
+    if isinstance(x, bool) or not isinstance(x, Real) or not -math.inf < x < math.inf:  # type: ignore[operator]
         raise fail(name, x, "a finite number")
-    return float(x)
+    return x if torch.compiler.is_compiling() else float(x)  # type: ignore[return-value]
 
 
-def softcap(x: float | None, name: str = "softcap") -> float:
+def softcap(x: Any, name: str = "softcap") -> float:
     """0.0 stands for no soft-cap below the public functions."""
     return 0.0 if x is None else positive(name, x)
 
@@ -117,7 +132,7 @@ def targets(name: str, x: object, shape: torch.Size) -> Tensor:
     return x
 
 
-def target_range(name: str, x: Tensor, vocab: int, live: Tensor | None) -> Tensor:
+def target_range(name: str, x: Tensor, vocab: int, live: Tensor | None, hint: str = "") -> Tensor:
     """Refuses ids outside [0, V) where `live`. Where it cannot look (`can_look`) it turns them into
     LOST, which no kernel looks up: their log-probability is NaN."""
     if x.numel() == 0:
@@ -129,7 +144,8 @@ def target_range(name: str, x: Tensor, vocab: int, live: Tensor | None) -> Tenso
         return x.masked_fill(bad, LOST)
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
-        raise fail(name, f"id {int(x[tuple(at)])} at {at}", f"0 <= id < {vocab} (vocabulary)")
+        hint = hint if int(x[tuple(at)]) < 0 else ""
+        raise fail(name, f"id {int(x[tuple(at)])} at {at}", f"0 <= id < {vocab} (vocabulary){hint}")
     return x
 
 
@@ -139,10 +155,3 @@ def kernel_targets(name: str, x: Tensor, vocab: int, ignore_index: int, backend:
     if backend not in ("triton", "cuda") or can_look(x.device):
         return target_range(name, x, vocab, x != ignore_index)
     return x if ignore_index == vocab else x.masked_fill(x == vocab, LOST)
-
-
-def no_nan(name: str, x: Tensor, what: str) -> None:
-    """One exception that names the first row (CPU only)."""
-    if can_look(x.device) and bool(x.isnan().any()):
-        at = x.isnan().nonzero()[0].tolist()
-        raise NonFiniteError(f"{name}: {what} is NaN at row {at}; allowed: logits without NaN")

@@ -5,17 +5,28 @@
     vgkern_cuda::<op>     csrc/*.cu behind vgkern/ops/_cuda.py
 
 An op's Function asks `operators(backend)` once, in forward, and keeps the answer for backward.
+
+A graph of torch.compile burns in every number that an operator takes, and is made anew for the
+next value. Each operator has a twin, `<namespace>_traced::<op>`, whose numbers are 0-d CPU tensors
+(fp64, int64; a list is a vector): a traced call whose numbers change goes to the twin.
 """
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 NAMESPACES = {"cpu": "vgkern", "triton": "vgkern_triton", "cuda": "vgkern_cuda"}
 _LIBS = {b: torch.library.Library(name, "DEF") for b, name in NAMESPACES.items()}
+_TWINS = {b: torch.library.Library(f"{name}_traced", "DEF") for b, name in NAMESPACES.items()}
+_TRACED: dict[str, SimpleNamespace] = {b: SimpleNamespace() for b in NAMESPACES}
+_NUMBERS = {"float": torch.float64, "int": torch.int64, "List[float]": torch.float64}
 _NAMES: list[str] = []
 SECOND_ORDER = (
     "the gradient of this op cannot be differentiated again on a fused backend; pass "
@@ -33,11 +44,13 @@ def define(schema: str, fake: Callable[..., Any], kernels: str | None) -> None:
     if kernels is None:
         _LIBS["cpu"].define(schema)
         torch.library.register_fake(f"{NAMESPACES['cpu']}::{name}", fake, lib=_LIBS["cpu"])
+        _twin("cpu", name, schema, fake)
         return
     _NAMES.append(name)
     for backend, lib in _LIBS.items():
         lib.define(schema)
         torch.library.register_fake(f"{NAMESPACES[backend]}::{name}", fake, lib=lib)
+        _twin(backend, name, schema, fake)
     _LIBS["triton"].impl(name, _late(f"vgkern.kernels.{kernels}", name), _EXPLICIT)
     _LIBS["cuda"].impl(name, _late("vgkern.ops._cuda", name), _EXPLICIT)
 
@@ -52,13 +65,63 @@ def _late(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def _twin(backend: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define the operator whose numbers are tensors, and what a traced call goes through."""
+    space, parsed = NAMESPACES[backend], torch._C.parse_schema(f"{NAMESPACES[backend]}::{schema}")
+    kinds = [_NUMBERS.get(str(a.type)) for a in parsed.arguments]
+    defaults = [a.default_value if a.has_default_value() else None for a in parsed.arguments]
+    text = re.sub(r"\b(float\[\]|float|int) ", "Tensor ", schema)
+    text = re.sub(r"Tensor (\w+)=[-\d.e]+", r"Tensor? \1=None", text)
+    _TWINS[backend].define(text)
+
+    def plain(args: tuple, read: Callable[[Tensor], Any]) -> list[Any]:
+        args = args + (None,) * (len(kinds) - len(args))
+        both = zip(args, kinds, defaults, strict=True)
+        return [x if k is None else d if x is None else read(x) for x, k, d in both]
+
+    def call(*args: Any) -> Any:
+        return getattr(getattr(torch.ops, space), name)(*plain(args, Tensor.tolist))
+
+    def shapes(*args: Any) -> Any:  # no shape function looks at a number
+        return fake(*plain(args, lambda x: [1.0] * x.numel() if x.ndim else 1))
+
+    def traced(*args: Any) -> Any:
+        if not any(_changes(x) for x, k in zip(args, kinds, strict=False) if k is not None):
+            return getattr(getattr(torch.ops, space), name)(*args)
+        given = [x if k is None else _as_tensor(x, k) for x, k in zip(args, kinds, strict=False)]
+        return getattr(getattr(torch.ops, f"{space}_traced"), name)(*given)
+
+    _TWINS[backend].impl(name, call, _EXPLICIT)
+    torch.library.register_fake(f"{space}_traced::{name}", shapes, lib=_TWINS[backend])
+    setattr(_TRACED[backend], name, traced)
+
+
+def _changes(x: Any) -> bool:
+    """Is this a number (or a list with one) whose value a graph must not burn in?"""
+    if isinstance(x, (list, tuple)):
+        return any(_changes(one) for one in x)
+    return isinstance(x, Tensor) or not has_static_value(x)
+
+
+def _as_tensor(x: Any, dtype: torch.dtype) -> Tensor:
+    """What changes is added to zeros: of all ways to a tensor, the compiler keeps that one as a
+    computation, and burns the number into the others."""
+    if isinstance(x, (list, tuple)):
+        return torch.stack([_as_tensor(one, dtype) for one in x])
+    if isinstance(x, Tensor):
+        return x.detach().to("cpu", dtype)
+    return torch.zeros((), dtype=dtype, device="cpu") + x
+
+
 def names() -> tuple[str, ...]:
     """Every declared operator, without namespace."""
     return tuple(_NAMES)
 
 
 def operators(backend: str) -> Any:
-    """The namespace of torch.ops that runs on `backend` ("cpu", "triton" or "cuda")."""
+    """The operators that run on `backend` ("cpu", "triton" or "cuda"), by name."""
+    if torch.compiler.is_compiling():
+        return _TRACED[backend]
     return getattr(torch.ops, NAMESPACES[backend])
 
 

@@ -99,6 +99,8 @@ def prepare(
             raise _check.NonFiniteError("advantages: got NaN or inf; allowed: finite numbers")
         if whole and packed is None and advantages.shape == shape and not _TOKEN_LEVEL.get():
             _one_advantage(a, m)
+        if sampler is not None:
+            _drawn(sampler, m.view(shape))
     weight = _weights(m, o, normalizer, dtype, packed)
     if token_weight is not None:
         weight = weight * token_weight.reshape(weight.shape)
@@ -138,6 +140,18 @@ def _one_advantage(a: Tensor, m: Tensor) -> None:
     )
 
 
+def _drawn(sampler: Tensor, m: Tensor) -> None:
+    """Warns of a token that its own sampler says it cannot draw."""
+    bad = (sampler == -torch.inf) & m
+    if bool(bad.any()):
+        warnings.warn(
+            f"sampler_logp: got -inf at {bad.nonzero()[0].tolist()}, a token that its sampler "
+            "cannot draw; score it with the temperature, top_k, top_p and min_p it was drawn with. "
+            "Its weight is sampler_max under *_truncate and 0 under *_mask, and sampler_gap is inf",
+            stacklevel=4,
+        )
+
+
 def _weights(
     m: Tensor,
     o: Objective,
@@ -153,26 +167,29 @@ def _weights(
         width = o.max_length or (m.shape[1] if m.ndim == 2 else 1)
     by: Any = normalizer
     if normalizer is None and o.reduction == "token":
-        by = m.sum()
+        by = m.sum(dtype=torch.float64)  # 0 where no row has a weight
     elif normalizer is None:
         by = {"fixed": sequences * width, "sum": 1}.get(o.reduction, sequences)
-    if isinstance(by, Tensor):
+    if isinstance(by, Tensor) and by is not normalizer:
+        by = by.double()
+    elif isinstance(by, Tensor):
         if by.numel() != 1:
             raise _check.fail("normalizer", by, "a number, or a tensor of one")
-        by = by.detach().reshape(()).to(m.device, torch.float64)
+        by = by.detach().reshape(()).to(m.device, torch.float64).clamp(min=1e-12)
     if _check.can_look(m.device):  # elsewhere looking would be a host sync
         by = float(by)
-        if normalizer is not None and (by != 0 or bool(m.any())):  # 0: nothing anywhere counts
-            _check.positive("normalizer", by)
-    share: Any = 1.0
+        if normalizer is not None and (by > 1e-12 or bool(m.any())):  # 0: nothing anywhere counts
+            _check.positive("normalizer", by if by > 1e-12 else float(normalizer))
     if o.reduction == "seq":
-        length = m.sum(-1, keepdim=True) if packed is None else packed.sums(m.long())
-        share = 1.0 / length.clamp(min=1).double()
-    share = share / (by.clamp(min=1e-12) if isinstance(by, Tensor) else max(by, 1e-12))
-    if isinstance(share, Tensor):
-        share = share.to(dtype)
-        if packed is not None and share.ndim:
-            share = packed.spread(share)
+        if packed is None:
+            share = m.sum(-1, keepdim=True, dtype=torch.float64).reciprocal()
+        else:
+            share = packed.spread(packed.sums(m.double()).reciprocal())
+        share = share / (by if isinstance(by, Tensor) else max(by, 1e-12))
+    else:
+        share = by.reciprocal() if isinstance(by, Tensor) else 1.0 / max(by, 1e-12)
+    if isinstance(share, Tensor):  # inf where there is nothing to weigh
+        return torch.where(m, share.to(dtype), 0)
     return m.to(dtype) * share
 
 

@@ -57,10 +57,12 @@ def cuts(
 
 def temperatures(temperature: float | Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """One fp32 temperature per flattened row; 0 is greedy."""
-    if not isinstance(temperature, Tensor):
-        if temperature != 0:
-            _check.positive("temperature", temperature)
-        return torch.full((shape.numel(),), float(temperature), device=device)
+    temperature = _check.number(temperature)
+    if not isinstance(temperature, Tensor) or temperature.ndim == 0:
+        if isinstance(temperature, Tensor) or temperature != 0:
+            temperature = _check.positive("temperature", temperature)
+        rows = torch.zeros((shape.numel(),), dtype=torch.float32, device=device)
+        return rows + temperature  # see _library
     t = _check.rows_like("temperature", temperature, shape, f"a number or {list(shape)}")
     if _check.can_look(t.device) and not bool((t >= 0).all() & t.isfinite().all()):
         raise _check.fail("temperature", f"values from {float(t.min())}", "finite numbers >= 0")

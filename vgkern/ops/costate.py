@@ -92,7 +92,7 @@ class Costate:
         if table.stride(1) != 1 or table.stride(0) < width:
             table = table.contiguous()
         stats = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        scale = torch.full((), float(self.weight), dtype=stats, device=value.device)
+        scale = torch.zeros((), dtype=stats, device=value.device) + self.weight  # see _library
         seed = 0 if noise is None else noise.signed_seed
         value = value.reshape(-1, width).contiguous()
         return Carried(seed, tau, value, table, sequence, position, scale)

@@ -106,10 +106,14 @@ def costate_scan(
     device = _check.same_device(
         jacobian=jacobian, local_grad=local_grad, terminal=terminal, done=done
     )
-    if isinstance(gamma, bool) or not isinstance(gamma, Real) or not 0 <= gamma <= 1:
+    gamma = _check.number(gamma)
+    traced = isinstance(gamma, Tensor) and gamma.ndim == 0  # nobody can look
+    real = isinstance(gamma, Real) and not isinstance(gamma, bool)
+    if not traced and not (real and 0 <= gamma <= 1):
         raise _check.fail("gamma", gamma, "a number, 0 <= gamma <= 1")
     chosen = choose(backend, device, jacobian.dtype)
-    args = (jacobian, local_grad, terminal, done, float(gamma))
+    gamma = gamma if torch.compiler.is_compiling() else float(gamma)
+    args = (jacobian, local_grad, terminal, done, gamma)
     return (
         costate_scan_ref(*args) if chosen == "torch" else CostateScanFunction.apply(chosen, *args)
     )

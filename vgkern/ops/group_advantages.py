@@ -108,7 +108,9 @@ def _look(rewards: Tensor, groups: Tensor, estimator: str) -> None:
         ids, counts = groups.unique(return_counts=True)
         if int(counts.min()) < 2:
             one = int(ids[counts.argmin()])
-            raise _check.fail("groups", f"a group of one (id {one})", "2 or more samples each")
+            allowed = f"2 or more samples each, whose mean is the baseline of {estimator!r}; leave"
+            allowed += " a sample out whose group has no other, or estimator='grpo_verl'"
+            raise _check.fail("groups", f"a group of one (id {one})", allowed)
 
 
 define(

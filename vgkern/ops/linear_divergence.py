@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vgkern.ops import _check
+from vgkern.ops import _cause, _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
 from vgkern.ops.linear_token_logprobs import linear_inputs, linear_logits_ref
@@ -149,7 +149,7 @@ def linear_divergence(
         out = Divergence(*LinearDivergenceFunction.apply(chosen, h2, hw, th, tw, live, scalars)[:2])
     out = Divergence(*(x.view(shape) for x in out))
     total = out.divergence.detach() + out.entropy.detach()
-    _check.no_nan("hidden, teacher_hidden", total, "the divergence")
+    _cause.no_nan(total, hidden, weight, None, temperature, live, (th, tw))
     return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vgkern import objectives
 from vgkern.objectives import Objective
-from vgkern.ops import _check
+from vgkern.ops import _cause, _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
 from vgkern.ops._linear import grads_like, linear_inputs
@@ -45,6 +45,7 @@ from vgkern.ops.policy_loss import (
     computed,
     metrics_dict,
     policy_loss_ref,
+    traceable,
 )
 
 
@@ -194,7 +195,8 @@ def linear_policy_loss(
     targets = _check.targets("targets", targets, hidden.shape[:-1])
     _check.same_device(hidden=hidden, targets=targets)
     advantages = _given_advantages(advantages, rewards, groups, o, backend)
-    by_row = isinstance(temperature, Tensor)
+    temperature = _check.number(temperature)
+    by_row = isinstance(temperature, Tensor) and temperature.ndim > 0
     scalars = (1.0 if by_row else _check.positive("temperature", temperature),
                _check.softcap(softcap))  # fmt: skip
     stats = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -204,10 +206,14 @@ def linear_policy_loss(
     )  # fmt: skip
     dtypes = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
     chosen = choose(backend, device, hidden.dtype, *dtypes)
-    live = (rows.weight != 0).view(targets.shape)
-    if chosen not in ("triton", "cuda") or not o.row_local or _check.can_look(device):
-        # else the kernels see to it: six launches fewer, where nobody can be told
-        targets = _check.target_range("targets", targets, weight.shape[0], live)
+    live = torch.empty(0)
+    kernels = chosen in ("triton", "cuda") and o.row_local and not by_row
+    if not kernels or costate is not None or _check.can_look(device):
+        live = (rows.weight != 0).view(targets.shape)
+    if not kernels or _check.can_look(device):
+        # else the kernels see to it: seven launches fewer, where nobody can be told
+        hint = "; leave padding out with mask=targets != -100"
+        targets = _check.target_range("targets", targets, weight.shape[0], live, hint)
     carried = None if costate is None else carried_rows(costate, live, weight)
     tol = _sparse(sparse_tol, chosen, o, by_row)
     if by_row:
@@ -223,7 +229,7 @@ def linear_policy_loss(
             hidden, targets = h2, targets.reshape(-1)
         also = [carried, packed] if packed is not None else [] if carried is None else [carried]
         loss, counts = linear_policy_loss_ref(
-            hidden, weight, bias, targets, rows, o, *scalars, *also
+            hidden, weight, bias, targets, rows, traceable(o), *scalars, *also
         )
     elif o.row_local:
         flat = tuple(None if t is None else t.reshape(-1).contiguous() for t in rows)
@@ -235,13 +241,13 @@ def linear_policy_loss(
     else:
         y = targets.where(live, -100)
         logp, entropy, term = scored(chosen, hidden, h2, hw, bias, y, (*scalars, -100), carried)
-        _check.no_nan("hidden", logp.detach(), "the log-probability (hidden, weight or bias)")
+        _cause.no_nan(logp, hidden, weight, bias, scalars[0], live)
         logp, entropy = logp.view(targets.shape), entropy.view(targets.shape)
         out = computed(chosen, logp, entropy, o, rows, packed)
         return out if carried is None else out._replace(loss=out.loss + term)
     if _check.can_look(device) and bool(loss.detach().isnan()):
         no_nan_rows(rows, targets.shape)
-        _check.no_nan("hidden", loss.detach().reshape(1), "the loss (hidden, weight or bias)")
+        _cause.no_nan(loss, hidden, weight, bias, scalars[0], live.reshape(hidden.shape[:-1]))
     metrics = metrics_dict(counts)
     if tol:
         report = loss.new_tensor([1.0, 1, 0, 0]) if chosen == "torch" else made[3]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgkern.ops import _check
+from vgkern.ops import _cause, _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, operators
 from vgkern.ops._truncate import cuts, temperatures, truncated_ref
@@ -87,7 +87,7 @@ def linear_sample(
                 h2, hw, bias, noise.signed_seed, *rows, t, _check.softcap(softcap), *cut
             )
         )
-    _check.no_nan("hidden", out.logp, "the log-probability (hidden, weight or bias)")
+    _cause.no_nan(out.logp, hidden, weight, bias, temperature)
     return Sample(*(x.reshape(shape) for x in out))
 
 

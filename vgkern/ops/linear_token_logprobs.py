@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgkern.ops import _check
+from vgkern.ops import _cause, _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
 from vgkern.ops._linear import grads_like, linear_inputs, linear_logits_ref
@@ -177,7 +177,8 @@ def linear_token_logprobs(
     also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
     chosen = choose(backend, device, hidden.dtype, *also)
     names = [n for n, x in zip(CUTS, (top_k, top_p, min_p), strict=True) if x is not None]
-    if isinstance(temperature, Tensor):
+    temperature = _check.number(temperature)
+    if isinstance(temperature, Tensor) and temperature.ndim:
         names.append("temperature")
     if costate is not None and (names or group is not None):
         what = f"a {names[0]} per row" if names[:1] == ["temperature"] else (*names, "group")[0]
@@ -217,7 +218,7 @@ def linear_token_logprobs(
         if carried is not None:
             out = attached(*out)
     out = TokenLogprobs(out[0].view(shape), out[1].view(shape))
-    _check.no_nan("hidden", out.logp.detach(), "the log-probability (hidden, weight or bias)")
+    _cause.no_nan(out.logp, hidden, weight, bias, temperature)
     return out
 
 

@@ -11,10 +11,12 @@ correction scales the surrogate only. Formulas: `vgkern.objectives`. No collecti
 """
 
 import math
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from vgkern.objectives import Objective
 from vgkern.ops import _check
@@ -167,7 +169,8 @@ def _count(
     low, high, dual = (torch.zeros_like(m) for _ in range(3))
     if o.surrogate == "clip":
         low, high = down & (r < lo), up & (r > hi)
-        dual = down & (r > (o.dual_clip or torch.inf))
+        if o.dual_clip is not None:
+            dual = down & (r > o.dual_clip)
         if o.delta is not None:
             dual = dual | (r > o.delta) & (down & (o.delta >= hi) | up & (r <= hi))
     elif o.surrogate == "cispo":
@@ -187,6 +190,7 @@ def _count(
     extremes = slice(means.stop, means.stop + 2)
     found[means] /= found[1].clamp(min=1)
     found[extremes] = found[extremes].where(found[1] > 0, 1.0)
+    found[-1] = found[-1].where(~(found[-1] > -LOW / 2), torch.inf)  # one of the two is -inf
     return found
 
 
@@ -213,12 +217,15 @@ class PolicyLossFunction(torch.autograd.Function):
         _, dlogp, dentropy, counts = output
         ctx.save_for_backward(dlogp, dentropy, *inputs[1:3])  # these two for `once` to see
         ctx.mark_non_differentiable(dlogp, dentropy, counts)
+        ctx.set_materialize_grads(False)  # else autograd fills zeros [B, T] for the gradients here
 
     @staticmethod
     @once
-    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple:
+    def backward(ctx: Any, dloss: Tensor | None, *_: Tensor) -> tuple:
         dlogp, dentropy, *_ = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        if dloss is None:
+            return (None,) * 8
         return (
             None,
             dlogp * dloss if needs[1] else None,
@@ -285,6 +292,7 @@ def computed(
         logp = logp.reshape(-1)
         entropy = None if entropy is None else entropy.reshape(-1)
     if backend == "torch":
+        o = traceable(o)
         a, w, old, ref, sampler = rows
         loss, counts = policy_loss_ref(logp, a, w, o, old, ref, sampler, entropy, packed)
     else:
@@ -299,6 +307,32 @@ def computed(
             None if packed is None or o.row_local else packed.ends,
         )
     return PolicyLoss(loss, metrics_dict(counts))
+
+
+# Knobs that the reference hands to what a compiler cannot make of a changing number: bounds.
+_BOUNDS = ("clip_low", "clip_high", "dual_clip", "delta", "sampler_min", "sampler_max",
+           "tau_pos", "tau_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+           "vespo_lambda_neg")  # fmt: skip
+
+
+class _Knobs:
+    """Those of an Objective, by name: a record that a graph can make."""
+
+    def __init__(self, knobs: dict[str, Any]) -> None:
+        for name, x in knobs.items():
+            setattr(self, name, x)
+
+
+def traceable(o: Objective) -> Objective:
+    """In a graph whose knobs change those bounds are 0-d tensors; else the objective as it is."""
+    if not torch.compiler.is_compiling():
+        return o
+    knobs = {name: getattr(o, name) for name in _BOUNDS}
+    if all(x is None or has_static_value(x) for x in knobs.values()):
+        return o
+    made = {k: x if x is None else torch.zeros(()) + x for k, x in knobs.items()}
+    rest = {f.name: getattr(o, f.name) for f in fields(o) if f.name not in _BOUNDS}
+    return _Knobs({**rest, **made, "row_local": o.row_local})  # type: ignore[return-value]
 
 
 def _pair(t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgkern.ops import _check
+from vgkern.ops import _cause, _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
 
@@ -108,7 +108,7 @@ def token_logprobs(
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         logp, entropy, _ = TokenLogprobsFunction.apply(chosen, flat, targets.reshape(-1), scalars)
         out = TokenLogprobs(logp.view(targets.shape), entropy.view(targets.shape))
-    _check.no_nan("logits", out.logp.detach(), "the log-probability")
+    _cause.no_nan_logits(out.logp, logits, temperature)
     return out
 
 
