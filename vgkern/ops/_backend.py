@@ -13,7 +13,7 @@ from contextvars import ContextVar
 
 import torch
 
-from vgkern.ops import _native
+from vgkern.ops import _library, _native
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +86,7 @@ _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _triton_missing(device: torch.device) -> str | None:
     if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        if not _library.interpreted():
             return "the tensors are on cpu; use backend='cpu', or set TRITON_INTERPRET=1 to debug"
     elif device.type != "cuda":
         return f"the tensors are on {device}; use backend='torch'"

@@ -9,7 +9,6 @@ emulation (tests/emulation) takes CPU tensors.
 """
 
 import ctypes
-import importlib
 import os
 import threading
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgkern.ops import _cuda_build
+from vgkern.ops import _cuda_build, _library
 from vgkern.ops._backend import BackendError  # which imports this module when it is called
 from vgkern.ops._compile import NativeError
 from vgkern.ops._cuda_continuous import (  # noqa: F401  operators
@@ -257,7 +256,7 @@ def policy_loss_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _driver(name: str) -> Any:
     """kernels/<name>.py: chunk drivers, imported when used, since they need Triton installed."""
     try:
-        return importlib.import_module(f"vgkern.kernels.{name}")
+        return _library.kernels_of(name)
     except ModuleNotFoundError as e:
         if e.name != "triton":
             raise
