@@ -91,7 +91,9 @@ def native(command: str, arguments: list[str]) -> int:
 
             print(_cuda_build.build(_cuda_build.FAT) if asked.cuda else _native.build())
             return 0
-        for name, value in _native.status().items():
+        from vgkern.ops import _gpu
+
+        for name, value in {**_native.status(), **_gpu.status()}.items():
             print(f"{name:<12} {value}")
     except _native.NativeError as error:
         print(f"vgkern {command}: {error}", file=sys.stderr)

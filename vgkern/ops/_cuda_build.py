@@ -8,7 +8,6 @@ It is made at first use for the GPUs that are present, or ahead of time for all 
 import hashlib
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from vgkern.ops import _compile, _native
+from vgkern.ops import _compile, _gpu, _native
 from vgkern.ops._compile import NativeError
 
 BINDING = "bindings_cuda.cpp"
@@ -69,7 +68,9 @@ def _tools(targets: tuple[str, ...]) -> tuple[str, _compile.Compiler, list[str]]
         )
     if (compiler := _compile.find_compiler()) is None:
         raise NativeError("no C++ compiler (looked for c++, g++, clang++); install g++ or set CXX")
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version, release = _gpu.nvcc_version(nvcc)
+    if problem := _gpu.nvcc_problem(nvcc, release, targets):
+        raise NativeError(problem)
     flags = [*_gencode(targets), *_NVCC_FLAGS, *_CXX_FLAGS]
     return nvcc, compiler, [version, compiler.version, *flags]
 
@@ -82,7 +83,8 @@ def _gencode(targets: tuple[str, ...]) -> list[str]:
 def build(targets: tuple[str, ...], verbose: bool = False, force: bool = False) -> Path:
     """The path of the library for these compute capabilities (`FAT`: PTX too), made if need be.
 
-    Raises NativeError with the remedy: no nvcc, no C++ compiler, code that does not compile.
+    Raises NativeError with the remedy: no nvcc or one older than 12.0 (12.8 for compute capability
+    10.0 and 12.0, so for `FAT`), no C++ compiler, code that does not compile.
     """
     nvcc, compiler, what = _tools(targets)
 
