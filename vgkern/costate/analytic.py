@@ -122,7 +122,7 @@ def future_advantages(
         raise _check.fail("future", future, "a finite number >= 0")
     live = torch.ones_like(cost, dtype=torch.bool)
     if mask is not None:
-        live = _check.rows_like("mask", mask, cost.shape) != 0
+        live = _check.row_mask("mask", mask, cost.shape)
     f = cost.where(live, 0)
     if _check.can_look(device):
         _check_groups(groups)

@@ -146,7 +146,7 @@ def hops(
     _check.same_device(hidden=h, inputs_embeds=x, tokens=tokens, mask=mask)
     live = torch.ones(rows, dtype=torch.bool, device=h.device)
     if mask is not None:
-        live = _check.rows_like("mask", mask, rows) != 0
+        live = _check.row_mask("mask", mask, rows)
     tokens = _check.target_range("tokens", tokens, weight.shape[0], live).where(live, 0)
     if not 0 <= agreement <= 1:
         raise _check.fail("agreement", agreement, "0 <= agreement <= 1, a share of the tokens")

@@ -60,7 +60,7 @@ def replay_agreement(
         raise _check.fail("limit", limit, "an int >= 1, or None for all rows")
     rows = torch.arange(shape.numel(), device=hidden.device)
     if mask is not None:
-        rows = rows[(_check.rows_like("mask", mask, shape) != 0).reshape(-1)]
+        rows = rows[_check.row_mask("mask", mask, shape).reshape(-1)]
     if limit is not None and limit < len(rows):
         generator = torch.Generator().manual_seed((noise.seed + len(rows)) % 2**63)
         drawn = torch.randperm(len(rows), generator=generator)[:limit]

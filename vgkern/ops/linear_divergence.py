@@ -139,7 +139,7 @@ def linear_divergence(
     if mask is None:
         live = torch.ones(shape.numel(), dtype=torch.bool, device=device)
     else:
-        live = (_check.rows_like("mask", mask, shape) != 0).reshape(-1).contiguous()
+        live = _check.row_mask("mask", mask, shape).reshape(-1).contiguous()
     caps = (_check.softcap(softcap), _check.softcap(teacher_softcap, "teacher_softcap"))
     scalars = (_check.positive("temperature", temperature), KINDS.index(kind), *caps)
     chosen = choose(backend, device, hidden.dtype, teacher_hidden.dtype)

@@ -240,6 +240,7 @@ def policy_loss(
     if entropy is not None:
         _check.rows_like("entropy", _check.floating("entropy", entropy), logp.shape)
         _check.same_device(logp=logp, entropy=entropy)
+    _check.live_rows(rows[1], logp=logp, entropy=entropy)
     chosen = choose(backend, logp.device, logp.dtype)
     if chosen == "torch":
         a, w, old, ref, sampler = rows
@@ -298,8 +299,8 @@ def prepare(
     if mask is None:
         m = torch.ones(shape, dtype=torch.bool, device=device)
     else:
-        m = _check.rows_like("mask", mask, shape)
-        m = m if m.dtype == torch.bool else m != 0
+        m = _check.row_mask("mask", mask, shape)
+    _check.live_rows(m, **dict(zip(("old_logp", "ref_logp", "sampler_logp"), logs, strict=True)))
     a = _advantages(advantages, shape, dtype)
     if _check.can_look(device) and bool((~a.isfinite() & m).any()):
         raise _check.NonFiniteError("advantages: got NaN or inf; allowed: finite numbers")
