@@ -21,7 +21,7 @@ INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,parity interpreter autogr
   linear_rollout noisy_embedding linear_divergence linear_quadratic costate_term traffic_models))
 # What torch and Triton themselves can break, in the oldest that pyproject.toml allows.
 OLDEST := $(addprefix tests/test_,$(addsuffix .py,compile autograd reliability regressions \
-  oldest_torch autocast errors refusals check_values nn layering interpreter_shipped))
+  oldest_torch autocast errors refusals check_values nn interpreter_shipped))
 OLDEST_INTERPRETED := tests/test_interpreter.py tests/test_linear_grad.py tests/test_parity.py
 OLDEST_SELECTED := not parity or (float32 or bfloat16) and (v31 or h7 or full or n4 or ragged or cuts)
 GATES := tests/test_gate_triton.py tests/test_gate_cuda.py
