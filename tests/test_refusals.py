@@ -142,3 +142,10 @@ def test_doctor_says_that_bf16_does_not_run(gpu, capsys):
     assert _gpu.status()["gpu"] == "V100 (7.0)"
     assert main(["doctor"]) == 0
     assert "bfloat16 needs compute capability 8.0" in capsys.readouterr().out
+
+
+def test_doctor_says_what_nvcc_is_too_old_for(tmp_path, monkeypatch, gpu):
+    fake_nvcc(tmp_path, "12.4", monkeypatch)
+    assert _cuda_build.nvcc_status() == f"{tmp_path}/bin/nvcc (12.4)"
+    gpu((12, 0), "B", driver=12080)
+    assert "older than compute capability 12.0 needs, 12.8" in _cuda_build.nvcc_status()

@@ -41,6 +41,17 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or (str(usual) if usual.is_file() else None)
 
 
+def nvcc_status() -> str | None:
+    """What `python -m vgkern doctor` says of nvcc: where, which, and what it is too old for."""
+    if (nvcc := find_nvcc()) is None:
+        return None
+    _, release = _gpu.nvcc_version(nvcc)
+    targets = present() if _gpu.sees_gpu() else ()
+    which = f"{nvcc} ({release[0]}.{release[1]})" if release else nvcc
+    problem = _gpu.nvcc_problem(nvcc, release, targets)
+    return f"{which}: {problem}" if problem else which
+
+
 def present() -> tuple[str, ...]:
     """Compute capabilities of the GPUs of this machine, such as ("90",)."""
     every = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
