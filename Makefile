@@ -5,6 +5,7 @@
 #   TORCH_INDEX=URL   where torch's wheel comes from, for example
 #                     https://download.pytorch.org/whl/cu130; `pip` for pip's own index.
 #                     Default: the CPU wheels on Linux without an NVIDIA GPU, else pip's own index.
+#   CI_OLDEST=1       `make test` makes the environment of `make oldest` and runs that too
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -18,6 +19,11 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,parity interpreter autograd compile \
   gpu_loss linear_grad reliability regressions truncated_logprobs gaussian_action costate_scan \
   linear_rollout noisy_embedding linear_divergence linear_quadratic costate_term traffic_models))
+# What torch and Triton themselves can break, in the oldest that pyproject.toml allows.
+OLDEST := $(addprefix tests/test_,$(addsuffix .py,compile autograd reliability regressions \
+  oldest_torch autocast errors refusals check_values nn interpreter_shipped))
+OLDEST_INTERPRETED := tests/test_interpreter.py tests/test_linear_grad.py tests/test_parity.py
+OLDEST_SELECTED := not parity or (float32 or bfloat16) and (v31 or h7 or full or n4 or ragged or cuts)
 GATES := tests/test_gate_triton.py tests/test_gate_cuda.py
 
 # A stamp is named by what it stands for, so that a change of content, and only that, makes it old.
@@ -25,6 +31,13 @@ hash = $(shell (echo '$(CURDIR)'; cat $(1)) | cksum | cut -d' ' -f1)
 SETUP := $(call hash,pyproject.toml constraints.txt)
 TRAIN_STAMP := $(VENV)/.vgkern-train-$(SETUP)
 TEST_STAMP := $(VENV)/.vgkern-test-$(SETUP)
+OLD_VENV := .venv-oldest
+OLD_PY := $(OLD_VENV)/bin/python
+OLD_PIP := $(OLD_PY) -m pip --disable-pip-version-check install --quiet \
+  -c $(OLD_VENV)/constraints.txt
+OLD_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1.0/p' pyproject.toml)
+OLD_TRITON := $(shell sed -n 's/.*"triton>=\([0-9.]*\);.*/\1.0/p' pyproject.toml)
+OLD_STAMP := $(OLD_VENV)/.vgkern-oldest-$(SETUP)
 NATIVE_STAMP := $(VENV)/.vgkern-native-$(SETUP)-$(call hash,$(CSRC) vgkern/ops/_compile.py)
 
 # Without native kernels everything still runs: the reason is said here, once.
@@ -32,12 +45,13 @@ native = test -e $(NATIVE_STAMP) || { echo '== native kernels'; \
   $(PY) -m vgkern build && touch $(NATIVE_STAMP); } || \
   { echo '== so the torch backend runs: slower, same results'; false; }
 
-.PHONY: help train test lint build bench gpu gpu-dry clean
+.PHONY: help train test oldest lint build bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train   train a small language model with RL        (ARGS="--help": every setting)'
 	@echo 'make test    ruff, mypy, clang-format, then pytest       (ARGS="-k sample": some of them)'
+	@echo 'make oldest  pytest on torch $(OLD_TORCH), Triton $(OLD_TRITON): the oldest allowed (.venv-oldest)'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make build   compile the native kernels now'
 ifneq ($(wildcard benchmarks/run.py),)
@@ -45,7 +59,7 @@ ifneq ($(wildcard benchmarks/run.py),)
 endif
 	@echo 'make gpu     all that only a GPU can say, in 9 minutes  (OUT=folder; BUDGET=200: half)'
 	@echo 'make gpu-dry the same run at toy size, without a GPU'
-	@echo 'make clean   remove .venv, build/, dist/ and tool caches  (runs/ stays)'
+	@echo 'make clean   remove .venv*, build/, dist/ and tool caches (runs/ stays)'
 
 train: $(TRAIN_STAMP)
 	@$(native) || export VGKERN_BACKEND="$${VGKERN_BACKEND:-torch}"; \
@@ -66,6 +80,22 @@ test: lint
 	echo '== pytest: every kernel compiled for four architectures'; \
 	wait $$three; status=$$?; test $$status = 0 -o $$status = $$none || failed=1; cat $$logs/3; \
 	rm -r $$logs; exit $$failed
+ifneq ($(or $(CI_OLDEST),$(wildcard $(OLD_VENV)/.vgkern-oldest-*)),)
+	@$(MAKE) --no-print-directory oldest
+else
+	@echo '== torch $(OLD_TORCH), the oldest allowed: not run; make oldest, or CI_OLDEST=1 make test'
+endif
+
+# torch's native library is built once more, against its headers.
+oldest: $(OLD_STAMP)
+	@none=5; failed=0; \
+	echo '== pytest on torch $(OLD_TORCH)'; \
+	$(OLD_PY) -m pytest -p no:cacheprovider $(OLDEST) $(ARGS); \
+	status=$$?; test $$status = 0 -o $$status = $$none || failed=1; \
+	echo '== pytest on Triton $(OLD_TRITON), interpreted'; \
+	TRITON_INTERPRET=1 $(OLD_PY) -m pytest -p no:cacheprovider $(OLDEST_INTERPRETED) \
+	  $(if $(ARGS),$(ARGS),-k '$(OLDEST_SELECTED)'); \
+	status=$$?; test $$status = 0 -o $$status = $$none || failed=1; exit $$failed
 
 lint: $(TEST_STAMP)
 	@echo '== ruff'
@@ -97,7 +127,7 @@ gpu-dry: $(TEST_STAMP)
 	@$(PY) benchmarks/gpu.py --dry --out '$(or $(OUT),build/gpu-dry)' $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(TRAIN_STAMP): | $(VENV)/.vgkern-torch-$(SETUP)
 	@echo '== the packages for training (pyproject.toml, constraints.txt)'
@@ -110,23 +140,38 @@ $(TEST_STAMP): | $(VENV)/.vgkern-torch-$(SETUP)
 	@touch $@ $(TRAIN_STAMP)
 
 # torch comes first and alone: only it is looked for on its index. pip waits minutes for an index
-# that does not answer, so one question is asked first.
-$(VENV)/.vgkern-torch-$(SETUP): | $(PY)
-	@index='$(TORCH_INDEX)'; \
+# that does not answer, so one question is asked first. $(call torch,PYTHON,PIP,PACKAGE)
+torch = index='$(TORCH_INDEX)'; \
 	if [ -z "$$index" ] && [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia ] \
 	    && ! command -v nvidia-smi >/dev/null; then \
-	  if $(PY) -c 'import sys, urllib.request as u; \
+	  if $(1) -c 'import sys, urllib.request as u; \
 u.urlopen(u.Request(sys.argv[1] + "/torch/", method="HEAD"), timeout=3)' $(CPU_INDEX) 2>/dev/null; \
 	  then index=$(CPU_INDEX); \
 	  else echo '== $(CPU_INDEX) does not answer: torch comes from the index of pip'; fi; \
 	fi; \
 	if [ -z "$$index" ] || [ "$$index" = pip ]; then \
-	  echo '== torch (a CUDA wheel is several GB)'; $(PIP) torch; \
+	  echo '== $(3) (a CUDA wheel is several GB)'; $(2) $(3); \
 	else \
-	  echo "== torch from $$index (a CPU wheel is about 200 MB)"; \
-	  $(PIP) --extra-index-url "$$index" torch; \
+	  echo "== $(3) from $$index (a CPU wheel is about 200 MB)"; \
+	  $(2) --extra-index-url "$$index" $(3); \
 	fi
+
+$(VENV)/.vgkern-torch-$(SETUP): | $(PY)
+	@$(call torch,$(PY),$(PIP),torch)
 	@touch $@
+
+# A CUDA wheel does not load without its libraries, so all that torch asks for comes with it. The
+# constraints without what the oldest torch has its own versions of.
+$(OLD_STAMP): | $(OLD_PY)
+	@grep -vE '^(torch|setuptools)==' constraints.txt >$(OLD_VENV)/constraints.txt
+	@$(call torch,$(OLD_PY),$(OLD_PIP),torch==$(OLD_TORCH))
+	@$(OLD_PIP) torch==$(OLD_TORCH) triton==$(OLD_TRITON) numpy pytest pytest-timeout hypothesis -e .
+	@rm -f $(OLD_VENV)/.vgkern-oldest-*
+	@touch $@
+
+$(OLD_PY): | $(PY)
+	@echo '== $(OLD_VENV)'
+	@$(PY) -m venv --clear $(OLD_VENV)
 
 $(PY):
 	@for p in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \

@@ -43,7 +43,7 @@ def emulate_cuda() -> None:
 if INTERPRETED:  # before any kernel is imported
     import interpreter
 
-    interpreter.repair()
+    interpreter.watch()
 
     from vgkern.kernels import logits
 

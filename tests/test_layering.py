@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import what has at most its own rank; `vgkern` itself is the public names.
 RANK = {
     "kernels": 0, "objectives": 0,
-    "ops._check": 1, "ops._compile": 1,
+    "ops._check": 1, "ops._compile": 1, "ops._interpreter": 1, "ops._gpu": 1,
     "ops._library": 2, "ops._native": 2, "ops._cuda_build": 2, "ops._cuda_truncated": 2,
     "ops._backend": 3, "ops._cuda": 3, "ops._cuda_continuous": 3,
     "ops": 4,

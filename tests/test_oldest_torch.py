@@ -1,6 +1,7 @@
 """The CUDA binding against the oldest torch that pyproject.toml allows, without a GPU."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -53,3 +54,33 @@ def test_autocast_is_known_by_a_table():
         assert torch.amp.is_autocast_available(device), device
     with FakeTensorMode(), _linear.no_autocast(torch.device("meta")):
         pass
+
+
+def test_make_oldest_installs_the_oldest_that_pyproject_allows():
+    """And the ABI that the binding asks for is of that torch."""
+    asked = (ROOT / "pyproject.toml").read_text()
+    torch_version, triton_version = (
+        re.search(rf'"{name}>=([\d.]+)', asked).group(1) for name in ("torch", "triton")
+    )
+    major, minor = map(int, torch_version.split("."))
+    assert f"=0x{major:02x}{minor:02x}0000" in _cuda_build.STABLE_ABI
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert f"torch {torch_version}.0, Triton {triton_version}.0" in said
+    recipe = subprocess.run(
+        ["make", "-Bn", "oldest", "OLD_VENV=build/none"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert f"torch=={torch_version}.0 triton=={triton_version}.0" in recipe
+
+
+@pytest.mark.parametrize(("there", "asked"), [(False, ""), (False, "1"), (True, "")])
+def test_make_test_says_whether_it_runs_the_oldest(there, asked, tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    if there:
+        (tmp_path / ".vgkern-oldest-1").touch()
+    command = ["make", "-n", "test", f"OLD_VENV={tmp_path}", f"CI_OLDEST={asked}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    runs = f"{tmp_path}/bin/python -m pytest" in said
+    assert runs == (there or bool(asked)) and ("not run; make oldest" in said) != runs

@@ -5,6 +5,7 @@ test_native.py too, where the builds are.
 """
 
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import torch
 
 import vgkern
 from vgkern import case_inputs
-from vgkern.ops import _check
+from vgkern.ops import _check, _compile
 
 ROOT = Path(__file__).resolve().parent.parent
 FUSED = [b for b in conftest.BACKENDS if b != "torch"]
+# The products of the cpu backend are its own (csrc/isa_gemm.cpp) with AVX-512, else the vendor's.
+OWN_PRODUCT = {_compile.cpu_isa(), os.environ.get("VGKERN_ISA", "v4")} == {"v4"}
 
 
 def logits(n=5, v=33, seed=0, dtype=torch.float32):
@@ -165,7 +168,10 @@ def test_r08_where_no_value_is_read_it_is_nan_and_has_no_gradient(bad, backend, 
     h.requires_grad_()
     got = vgkern.linear_token_logprobs(h, w, y, backend=backend).logp
     keep = torch.tensor([0, 1, 2, 4])
-    assert got[3].isnan() and torch.equal(got[keep], want[keep])
+    assert got[3].isnan()
+    if backend != "cpu" or OWN_PRODUCT:
+        assert torch.equal(got[keep], want[keep])
+    torch.testing.assert_close(got[keep], want[keep])
     got[keep].sum().backward()
     assert (h.grad[3] == 0).all() and h.grad.isfinite().all()
 
@@ -288,7 +294,10 @@ def test_r18_bit_equal_on_repeat_and_for_any_number_of_threads(dtype, backend, t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_r18_a_row_does_not_depend_on_its_batch(dtype):
     """Wherever the logits are our own product: the reference and the cuda backend leave theirs to
-    the vendor, which promises no order. On cpu dhidden too, for widths from 16 up."""
+    the vendor, which promises no order, and so does cpu without AVX-512. On cpu dhidden too, for
+    widths from 16 up."""
+    if "cpu" in FUSED and not OWN_PRODUCT:
+        pytest.skip("without AVX-512 the product of the cpu backend is the vendor's")
     h, w, y, _ = head((40,), 64, 1000, dtype)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     for backend in set(FUSED) - {"cuda"}:

@@ -91,7 +91,10 @@ def native(command: str, arguments: list[str]) -> int:
 
             print(_cuda_build.build(_cuda_build.FAT) if asked.cuda else _native.build())
             return 0
-        for name, value in _native.status().items():
+        from vgkern.ops import _cuda_build, _gpu
+
+        found = {**_native.status(), **_gpu.status(), "nvcc": _cuda_build.nvcc_status()}
+        for name, value in found.items():
             print(f"{name:<12} {value}")
     except _native.NativeError as error:
         print(f"vgkern {command}: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 
 import torch
 
-from vgkern.ops import _native
+from vgkern.ops import _gpu, _library, _native
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ def choose(requested: str | None, device: torch.device, *dtypes: torch.dtype) ->
             f"backend {name!r}: no {wrong[0]} kernels; allowed: float32, bfloat16, float16, "
             "or backend='torch'"
         )
-    why = _missing(name, device)
+    why = _missing(name, device) or _refused(name, device, dtypes)
     if why:
         raise BackendError(f"backend {name!r}: {why}")
     return name
@@ -56,7 +56,7 @@ def _automatic(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     if device.type not in ("cpu", "cuda") or any(d not in NATIVE_DTYPES for d in dtypes):
         return "torch"
     name = "cpu" if device.type == "cpu" else "triton"
-    why = _missing(name, device)
+    why = _missing(name, device) or _refused(name, device, dtypes)
     if why and name not in _said:
         _said.add(name)
         log.warning("vgkern: the torch backend runs, without %s kernels: %s", name, why)
@@ -78,16 +78,26 @@ def _missing(name: str, device: torch.device) -> str | None:
     return _cuda_missing(device)
 
 
+def _refused(name: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why a backend that runs on `device` does not take these dtypes there; None where it does."""
+    if name in ("triton", "cuda") and torch.bfloat16 in dtypes:
+        return _gpu.no_bf16(device)
+    return None
+
+
 # A compiler asks once, while it traces, and keeps the answers: what
 # torch.compiler.assume_constant_result sets, without its import of Dynamo (and Triton).
 _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_missing(device: torch.device) -> str | None:
     if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
-            return "the tensors are on cpu; use backend='cpu', or set TRITON_INTERPRET=1 to debug"
+        if not _library.interpreted():
+            return _gpu.driver_problem() or (
+                "the tensors are on cpu; use backend='cpu', or set TRITON_INTERPRET=1 to debug"
+            )
     elif device.type != "cuda":
         return f"the tensors are on {device}; use backend='torch'"
     if importlib.util.find_spec("triton") is None:

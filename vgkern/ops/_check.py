@@ -2,6 +2,7 @@
 and what is allowed."""
 
 import math
+import os
 from numbers import Real
 from typing import Any
 
@@ -13,7 +14,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class NonFiniteError(ValueError):
-    """A NaN reached an op that must return a number. Raised on CPU, where looking costs nothing."""
+    """A NaN reached an op that must return a number. Raised on CPU, where looking costs nothing,
+    and with VGKERN_CHECK=1 on every device."""
 
 
 def describe(x: object) -> str:
@@ -46,9 +48,28 @@ def floating(name: str, x: object, ndim: int | None = None) -> Tensor:
 
 
 def can_look(device: torch.device) -> bool:
-    """May a check read values? On a GPU that is a host sync, and a traced graph has no values:
-    there a NaN or an id out of range comes out as NaN instead of an exception."""
-    return device.type == "cpu" and not torch.compiler.is_compiling()
+    """May a check read values? On a GPU that is a host sync, which VGKERN_CHECK=1 asks for; a
+    traced graph and one that is captured have no values, ever: there, and on a GPU unasked, a NaN
+    or an id out of range comes out as NaN instead of an exception."""
+    if torch.compiler.is_compiling():
+        return False
+    return _costs_nothing(device) or (asked() and not _recording(device))
+
+
+def asked() -> bool:
+    """VGKERN_CHECK=1: look at values on every device, and at more of them."""
+    return os.environ.get("VGKERN_CHECK", "0") not in ("", "0")
+
+
+def _costs_nothing(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _recording(device: torch.device) -> bool:
+    """Meta tensors have no values; a CUDA graph that is captured allows no sync."""
+    if device.type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return device.type == "meta"
 
 
 def same_device(**tensors: Tensor | None) -> torch.device:
@@ -155,3 +176,20 @@ def kernel_targets(name: str, x: Tensor, vocab: int, ignore_index: int, backend:
     if backend not in ("triton", "cuda") or can_look(x.device):
         return target_range(name, x, vocab, x != ignore_index)
     return x if ignore_index == vocab else x.masked_fill(x == vocab, LOST)
+
+
+def live_rows(live: Tensor, **rows: Tensor | None) -> None:
+    """VGKERN_CHECK=1: none of these [...] is NaN where `live` is not 0."""
+    if can_look(live.device) and asked():
+        for name, x in rows.items():
+            if x is not None:
+                refuse(name, x, x.isnan() & (live != 0), "no NaN where the mask is not 0")
+
+
+def refuse(name: str, x: Tensor, bad: Tensor, allowed: str) -> None:
+    """One exception that names the first element of x that is `bad`."""
+    if bool(bad.any()):
+        at = bad.nonzero()[0].tolist()
+        got = x[tuple(at)].item()
+        kind = NonFiniteError if math.isnan(got) else ValueError
+        raise kind(f"{name}: got {got} at {at}; allowed: {allowed}")

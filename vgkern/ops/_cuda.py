@@ -9,7 +9,6 @@ emulation (tests/emulation) takes CPU tensors.
 """
 
 import ctypes
-import importlib
 import os
 import threading
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgkern.ops import _cuda_build
+from vgkern.ops import _cuda_build, _gpu, _library
 from vgkern.ops._backend import BackendError  # which imports this module when it is called
 from vgkern.ops._compile import NativeError
 from vgkern.ops._cuda_continuous import (  # noqa: F401  operators
@@ -41,7 +40,7 @@ def missing(device: torch.device) -> str | None:
     """Why the cuda backend cannot run on `device`, with the remedy; None where it can."""
     given = os.environ.get("VGKERN_CUDA_LIBRARY")
     if device.type == "cpu" and not given:
-        return "the tensors are on cpu; use backend='cpu'"
+        return _gpu.driver_problem() or "the tensors are on cpu; use backend='cpu'"
     if device.type not in ("cpu", "cuda"):
         return f"the tensors are on {device}; use backend='torch'"
     if device.type == "cuda" and torch.version.hip:
@@ -67,8 +66,8 @@ def _load(given: str | None) -> bool:
     if given:
         library = given
     else:
-        if not torch.cuda.is_available():
-            raise NativeError("torch sees no GPU; use backend='cpu' or 'torch'")
+        if not _gpu.sees_gpu():
+            raise NativeError(_gpu.no_gpu())
         try:
             library = str(_find_or_build())
         except OSError as e:
@@ -260,7 +259,7 @@ def policy_loss_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _driver(name: str) -> Any:
     """kernels/<name>.py: chunk drivers, imported when used, since they need Triton installed."""
     try:
-        return importlib.import_module(f"vgkern.kernels.{name}")
+        return _library.kernels_of(name)
     except ModuleNotFoundError as e:
         if e.name != "triton":
             raise

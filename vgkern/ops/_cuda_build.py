@@ -8,7 +8,6 @@ It is made at first use for the GPUs that are present, or ahead of time for all 
 import hashlib
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from vgkern.ops import _compile, _native
+from vgkern.ops import _compile, _gpu, _native
 from vgkern.ops._compile import NativeError
 
 BINDING = "bindings_cuda.cpp"
@@ -40,6 +39,17 @@ def find_nvcc() -> str | None:
             return str(path)
     usual = Path("/usr/local/cuda/bin/nvcc")
     return shutil.which("nvcc") or (str(usual) if usual.is_file() else None)
+
+
+def nvcc_status() -> str | None:
+    """What `python -m vgkern doctor` says of nvcc: where, which, and what it is too old for."""
+    if (nvcc := find_nvcc()) is None:
+        return None
+    _, release = _gpu.nvcc_version(nvcc)
+    targets = present() if _gpu.sees_gpu() else ()
+    which = f"{nvcc} ({release[0]}.{release[1]})" if release else nvcc
+    problem = _gpu.nvcc_problem(nvcc, release, targets)
+    return f"{which}: {problem}" if problem else which
 
 
 def present() -> tuple[str, ...]:
@@ -69,7 +79,9 @@ def _tools(targets: tuple[str, ...]) -> tuple[str, _compile.Compiler, list[str]]
         )
     if (compiler := _compile.find_compiler()) is None:
         raise NativeError("no C++ compiler (looked for c++, g++, clang++); install g++ or set CXX")
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version, release = _gpu.nvcc_version(nvcc)
+    if problem := _gpu.nvcc_problem(nvcc, release, targets):
+        raise NativeError(problem)
     flags = [*_gencode(targets), *_NVCC_FLAGS, *_CXX_FLAGS]
     return nvcc, compiler, [version, compiler.version, *flags]
 
@@ -82,7 +94,8 @@ def _gencode(targets: tuple[str, ...]) -> list[str]:
 def build(targets: tuple[str, ...], verbose: bool = False, force: bool = False) -> Path:
     """The path of the library for these compute capabilities (`FAT`: PTX too), made if need be.
 
-    Raises NativeError with the remedy: no nvcc, no C++ compiler, code that does not compile.
+    Raises NativeError with the remedy: no nvcc or one older than 12.0 (12.8 for compute capability
+    10.0 and 12.0, so for `FAT`), no C++ compiler, code that does not compile.
     """
     nvcc, compiler, what = _tools(targets)
 

@@ -13,6 +13,7 @@ next value. Each operator has a twin, `<namespace>_traced::<op>`, whose numbers 
 
 import functools
 import importlib
+import os
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -51,16 +52,17 @@ def define(schema: str, fake: Callable[..., Any], kernels: str | None) -> None:
         lib.define(schema)
         torch.library.register_fake(f"{NAMESPACES[backend]}::{name}", fake, lib=lib)
         _twin(backend, name, schema, fake)
-    _LIBS["triton"].impl(name, _late(f"vgkern.kernels.{kernels}", name), _EXPLICIT)
-    _LIBS["cuda"].impl(name, _late("vgkern.ops._cuda", name), _EXPLICIT)
+    _LIBS["triton"].impl(name, _late(lambda: kernels_of(kernels), name), _EXPLICIT)
+    _LIBS["cuda"].impl(name, _late(lambda: importlib.import_module(_CUDA), name), _EXPLICIT)
 
 
+_CUDA = "vgkern.ops._cuda"
 _EXPLICIT = "CompositeExplicitAutograd"
 
 
-def _late(module: str, name: str) -> Callable[..., Any]:
+def _late(module: Callable[[], Any], name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
+        return getattr(module(), name)(*args)
 
     return call
 
@@ -111,6 +113,19 @@ def _as_tensor(x: Any, dtype: torch.dtype) -> Tensor:
     if isinstance(x, Tensor):
         return x.detach().to("cpu", dtype)
     return torch.zeros((), dtype=dtype, device="cpu") + x
+
+
+def interpreted() -> bool:
+    """Does Triton run kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)?"""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def kernels_of(name: str) -> Any:
+    """The module vgkern.kernels.<name>, which needs Triton; its interpreter, if that is to run the
+    kernels, repaired first."""
+    if interpreted():
+        importlib.import_module("vgkern.ops._interpreter").install()
+    return importlib.import_module(f"vgkern.kernels.{name}")
 
 
 def names() -> tuple[str, ...]:

@@ -85,6 +85,7 @@ def prepare(
         m = torch.ones(shape, dtype=torch.bool, device=device)
     else:
         m = _check.mask("mask", mask, shape)
+    _check.live_rows(m, old_logp=logs[0], ref_logp=logs[1], sampler_logp=logs[2])
     if token_weight is not None:
         token_weight = _check.token_weight("token_weight", token_weight, m).to(dtype)
         m = m & (token_weight != 0)

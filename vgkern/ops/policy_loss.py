@@ -277,6 +277,7 @@ def policy_loss(
     if entropy is not None:
         _check.rows_like("entropy", _check.floating("entropy", entropy), logp.shape)
         _check.same_device(logp=logp, entropy=entropy)
+    _check.live_rows(rows.weight.view(logp.shape), logp=logp, entropy=entropy)
     return computed(choose(backend, logp.device, logp.dtype), logp, entropy, o, rows, packed)
 
 
