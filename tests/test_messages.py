@@ -55,11 +55,12 @@ def test_a_temperature_of_logits(backend):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_not_finite(op, bad, backend):
-    with pytest.raises(NonFiniteError, match=rf"^hidden: got {bad} in row \[1, 2\]"):
+    word = str(bad).replace("nan", "NaN")
+    with pytest.raises(NonFiniteError, match=rf"^hidden: got {word} in row \[1, 2\]"):
         op(backend, hidden=changed(H, (1, 2, 3), bad))
-    with pytest.raises(NonFiniteError, match=rf"^weight: got {bad} at \[4, 5\]"):
+    with pytest.raises(NonFiniteError, match=rf"^weight: got {word} at \[4, 5\]"):
         op(backend, weight=changed(W, (4, 5), bad))
-    with pytest.raises(NonFiniteError, match=rf"^bias: got {bad} at \[7\]; allowed: .* -inf for"):
+    with pytest.raises(NonFiniteError, match=rf"^bias: got {word} at \[7\]; allowed: .* -inf for"):
         op(backend, bias=changed(torch.zeros(20), 7, bad))
 
 
@@ -79,7 +80,7 @@ def test_a_masked_row_is_not_blamed(backend):
     mask[0, 1] = False
     h = changed(changed(H, (0, 1, 0), math.nan), (1, 1, 0), math.nan)
     for op in (fused, sequences):
-        with pytest.raises(NonFiniteError, match=r"^hidden: got nan in row \[1, 1\]"):
+        with pytest.raises(NonFiniteError, match=r"^hidden: got NaN in row \[1, 1\]"):
             op(backend, hidden=h, mask=mask)
 
 

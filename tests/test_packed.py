@@ -310,6 +310,6 @@ def test_masks_that_are_none(bad):
     )  # fmt: skip
     for call in calls:
         with pytest.raises(
-            ValueError, match=r"^mask: got .* at \[1, 2\]; allowed: bool, or 0 and 1"
+            ValueError, match=r"^mask: got .* at \[1, 2\]; allowed: 0 or 1, or bool"
         ):
             call()

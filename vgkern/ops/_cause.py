@@ -1,7 +1,5 @@
 """Why a log-probability is NaN: looked for once one is, on CPU, where looking costs nothing."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -66,7 +64,7 @@ def no_nan_logits(found: Tensor, logits: Tensor, temperature: float) -> None:
     z = logits.detach()[tuple(at)]
     bad = z.isnan() | (z == torch.inf)
     if bool(bad.any()):
-        got = f"{float(z[bad][0])} in row {at}"
+        got = f"{_one(z[bad])} in row {at}"
         raise NonFiniteError(
             f"logits: got {got}; allowed: finite numbers, or -inf for a blocked id"
         )
@@ -77,7 +75,7 @@ def no_nan_logits(found: Tensor, logits: Tensor, temperature: float) -> None:
 def _head(weight: Tensor, bias: Tensor | None, prefix: str) -> str | None:
     if not bool(weight.isfinite().all()):
         at = _first(~weight.isfinite())
-        got = f"{float(weight[tuple(at)])} at {at}"
+        got = f"{_one(weight[tuple(at)])} at {at}"
         return f"{prefix}weight: got {got}; allowed: finite numbers"
     if bias is None:
         return None
@@ -85,7 +83,7 @@ def _head(weight: Tensor, bias: Tensor | None, prefix: str) -> str | None:
     bad = bias.isnan() | (bias == torch.inf)
     if bool(bad.any()):
         at = _first(bad)
-        return f"bias: got {float(bias[at[0]])} at {at}; allowed: {BIAS}"
+        return f"bias: got {_one(bias[at[0]])} at {at}; allowed: {BIAS}"
     if bool((bias == -torch.inf).all()):
         return f"bias: got -inf for every id; allowed: {BIAS}, one id at least"
     return None
@@ -125,7 +123,6 @@ def _first(bad: Tensor) -> list[int]:
     return bad.nonzero()[0].tolist()
 
 
-def _one(x: Tensor) -> float:
-    """The first of these numbers that is not finite."""
-    values: Iterable[float] = x[~x.isfinite()].tolist()
-    return next(iter(values))
+def _one(x: Tensor) -> str:
+    """The first of these numbers that is not finite, in the words of a message."""
+    return str(float(x[~x.isfinite()][0])).replace("nan", "NaN")

@@ -133,7 +133,7 @@ def mask(name: str, x: object, shape: torch.Size, allowed: str | None = None) ->
     m = x != 0
     if can_look(x.device) and bool((m & (x != 1)).any()):
         at = (m & (x != 1)).nonzero()[0].tolist()
-        raise fail(name, f"{x[tuple(at)].item()} at {at}", "bool, or 0 and 1")
+        raise fail(name, f"{x[tuple(at)].item()} at {at}", "0 or 1, or bool")
     return m
 
 
