@@ -41,8 +41,10 @@ def noise(n=N):
 def test_the_score_of_a_sample_is_its_logp_to_the_bit(backend, cut, temperature):
     x = model(bias="blocked", softcap=8.0)
     x.pop("targets")
-    if temperature == "rows" or not cut:  # one temperature and no cut: the op without truncation
-        temperature = per_row() if temperature == "rows" else torch.full((N,), temperature)
+    if temperature == "rows":
+        temperature = per_row()
+    elif temperature and not cut:  # the op without truncation, which has sums of its own
+        temperature = torch.full((N,), temperature)
     options = {**x, **cut, "temperature": temperature, "backend": backend}
     out = vgkern.linear_sample(noise=noise(), **options)
     again = vgkern.linear_token_logprobs(targets=out.token, **options)
@@ -133,6 +135,34 @@ def test_rows_without_gradient(backend):
     assert len(live) == 20 and (dw[outside] == 0).all() and (dw[~outside] != 0).any(-1).all()
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_greedy_means_the_same_as_a_number_and_as_a_tensor(backend, zero, cut):
+    """logp 0 at the argmax and -inf elsewhere, entropy 0, gradients 0; as one number and per row."""
+    x = model(n=6)
+    z = x["hidden"] @ x["weight"].T
+    x["targets"] = torch.cat([z[:3].argmax(-1), z[3:].argmin(-1)])
+    seen = []
+    for t in (zero, torch.zeros(6)):
+        h, w = (x[k].clone().requires_grad_() for k in ("hidden", "weight"))
+        out = vgkern.linear_token_logprobs(
+            h, w, x["targets"], temperature=t, **cut, backend=backend
+        )
+        grads = torch.autograd.grad(out.logp[:3].sum() + out.entropy.sum(), (h, w))
+        seen.append((*out, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    logp, entropy, *grads = seen[0]
+    assert logp.tolist() == [0.0] * 3 + [-torch.inf] * 3 and (entropy == 0).all()
+    assert not any(g.any() for g in grads)
+
+
+def test_greedy_is_refused_where_it_cannot_be():
+    x = model(n=3)
+    costate = vgkern.Costate(torch.ones(3, 32), x["weight"], relaxation="expected")
+    with pytest.raises(NotImplementedError, match=r"costate: not with temperature 0 \(greedy\)"):
+        vgkern.linear_token_logprobs(**x, temperature=0.0, costate=costate)
+
+
 def test_gradcheck_with_the_kept_set_fixed():
     x = model(n=4, h=4, v=9, dtype=torch.float64)
     b = torch.zeros(9, dtype=torch.float64, requires_grad=True)
@@ -208,9 +238,6 @@ def test_bad_options(name, backend):
     for value in BAD[name]:
         with pytest.raises(ValueError, match=name):
             vgkern.linear_token_logprobs(**x, **{name: value}, backend=backend)
-    if name == "temperature":
-        with pytest.raises(ValueError, match="> 0"):  # greedy needs a truncated distribution
-            vgkern.linear_token_logprobs(**x, temperature=0, backend=backend)
 
 
 def test_second_derivative_raises_on_native(backend):

@@ -58,7 +58,7 @@ def cuts(
 def temperatures(temperature: float | Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """One fp32 temperature per flattened row; 0 is greedy."""
     if not isinstance(temperature, Tensor):
-        if temperature != 0:
+        if temperature != 0 or isinstance(temperature, bool):
             _check.positive("temperature", temperature)
         return torch.full((shape.numel(),), float(temperature), device=device)
     t = _check.rows_like("temperature", temperature, shape, f"a number or {list(shape)}")

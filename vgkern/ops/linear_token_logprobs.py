@@ -154,11 +154,14 @@ def linear_token_logprobs(
     """The core drop-in: log-probability of each target and entropy, both differentiable.
 
     Gradients flow to hidden, weight and bias, in their dtypes. Formula: module docstring.
-    With a temperature per row, top_k, top_p or min_p it scores what `linear_sample` draws from.
+    It scores what `linear_sample` draws from with the same temperature, top_k, top_p and min_p: at
+    temperature 0, one or a row's own, logp is 0 for the argmax and -inf for any other id, entropy
+    0, and there is no gradient.
 
     Raises ValueError / TypeError naming the argument for a wrong shape, dtype, device, bound or
-    target, NonFiniteError for NaN logits (on CPU), NotImplementedError for a truncation or a
-    temperature per row together with `group`, or for a costate together with any of them.
+    target, NonFiniteError for NaN logits (on CPU), NotImplementedError for a truncation, a
+    temperature per row or temperature 0 together with `group`, or for a costate together with any
+    of them.
 
     costate: adds to the gradients of hidden, weight and bias what `vgkern.Costate` says, once per
     backward pass and whatever arrives from above: a loss that is scaled needs costate.weight
@@ -177,10 +180,10 @@ def linear_token_logprobs(
     also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
     chosen = choose(backend, device, hidden.dtype, *also)
     names = [n for n, x in zip(CUTS, (top_k, top_p, min_p), strict=True) if x is not None]
-    if isinstance(temperature, Tensor):
+    if isinstance(temperature, Tensor) or temperature == 0:
         names.append("temperature")
     if costate is not None and (names or group is not None):
-        what = f"a {names[0]} per row" if names[:1] == ["temperature"] else (*names, "group")[0]
+        what = (*(_option(n, temperature) for n in names), "group")[0]
         raise NotImplementedError(
             f"costate: not with {what}; pass costate=None, or noisy_embedding"
         )
@@ -188,7 +191,10 @@ def linear_token_logprobs(
         from vgkern.ops import _vocab_parallel as parallel
 
         if names:
-            raise NotImplementedError(f"{names[0]}: not with a process group; pass group=None")
+            raise NotImplementedError(
+                f"{names[0]}: {_option(names[0], temperature)} does not work with a process group; "
+                "pass group=None"
+            )
         parallel.check_group(group)
         scalars = (_check.positive("temperature", temperature), cap, ignore_index)
         ends = parallel.shard_ends(group, weight)
@@ -219,6 +225,13 @@ def linear_token_logprobs(
     out = TokenLogprobs(out[0].view(shape), out[1].view(shape))
     _check.no_nan("hidden", out.logp.detach(), "the log-probability (hidden, weight or bias)")
     return out
+
+
+def _option(name: str, temperature: float | Tensor) -> str:
+    """What an error message calls an option that needs the truncated distribution."""
+    if name != "temperature":
+        return name
+    return "a temperature per row" if isinstance(temperature, Tensor) else "temperature 0 (greedy)"
 
 
 def scored(
