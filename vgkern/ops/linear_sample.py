@@ -21,7 +21,7 @@ from vgkern.ops._backend import choose
 from vgkern.ops._library import define, operators
 from vgkern.ops._truncate import cuts, temperatures, truncated_ref
 from vgkern.ops.linear_token_logprobs import linear_inputs, linear_logits_ref
-from vgkern.ops.noise import Noise
+from vgkern.ops.noise import Noise, warn_of_twins
 from vgkern.ops.token_logprobs import token_logprobs_ref
 
 
@@ -75,6 +75,7 @@ def linear_sample(
     if not isinstance(noise, Noise):
         raise TypeError(f"noise: got {_check.describe(noise)}; allowed: vgkern.Noise")
     rows = noise.rows(shape, device)
+    warn_of_twins(*rows)
     t = temperatures(temperature, shape, device)
     cut = cuts(top_k, top_p, min_p, weight.shape[0])
     chosen = choose(backend, device, hidden.dtype)
