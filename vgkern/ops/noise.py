@@ -130,7 +130,7 @@ def _flat(rows: Tensor, given: Tensor, device: torch.device) -> Tensor:
 
 def warn_of_twins(sequence: Tensor, position: Tensor) -> None:
     """Says once in a process that rows of one call have the same noise. int64 [N] each."""
-    if "twins" in _said or not _check.can_look(sequence.device):
+    if not _check.can_look(sequence.device) or "twins" in _said:  # a graph must not depend on it
         return
     n = sequence.shape[0]
     if not 2 <= n <= FEW:
