@@ -131,7 +131,7 @@ def test_a_position_may_be_an_int():
     assert got.position.shape == () and got.position.dtype == torch.int64
     assert torch.equal(got.words(9), vgkern.Noise(1, s, torch.full((3,), 7)).words(9))
     for bad, error in ((-1, ValueError), (2**32, ValueError), (True, TypeError), (1.0, TypeError)):
-        with pytest.raises(error, match="noise.position"):
+        with pytest.raises(error, match=r"noise\.position"):
             vgkern.Noise(0, s, bad)
 
 
