@@ -169,48 +169,69 @@ void row_policy(const Tensor& logits, const OptTensor& bias, const Tensor& targe
   launch(vg_row_policy, a, logits);
 }
 
+struct Options {  // a vgkern.ops._truncate.Cut, flattened
+  double temperature;
+  int64_t top_k;
+  double top_p, min_p;
+  const OptTensor &temperatures, &top_ks, &top_ps, &min_ps;
+  RowOptions rows_of(int64_t n) const {
+    return {float(temperature),
+            top_k,
+            top_p,
+            min_p,
+            rows<float>(temperatures, n, "temperature"),
+            rows<int64_t>(top_ks, n, "top_k"),
+            rows<float>(top_ps, n, "top_p"),
+            rows<float>(min_ps, n, "min_p")};
+  }
+};
+
 void row_sample(const Tensor& logits, const OptTensor& bias, int64_t seed, const Tensor& sequence,
-                const Tensor& position, const Tensor& temperature, double softcap,
-                const Tensor& cut, Tensor token) {
+                const Tensor& position, double softcap, double temperature, int64_t top_k,
+                double top_p, double min_p, const OptTensor& temperatures, const OptTensor& top_ks,
+                const OptTensor& top_ps, const OptTensor& min_ps, const OptTensor& cut,
+                Tensor token) {
   RowSampleArgs a{};
   a.logits = matrix(logits, "logits");
   const int64_t n = a.logits.rows;
   a.scale = scale_of(bias, a.logits.columns, 1.0, softcap);
   a.noise = {seed, rows<int64_t>(sequence, n, "sequence"), rows<int64_t>(position, n, "position")};
-  a.temperature = rows<float>(temperature, n, "temperature");
+  a.options =
+      Options{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps}.rows_of(n);
   a.cut = rows<int64_t>(cut, 2 * n, "cut");
   a.token = rows<int64_t>(token, n, "token");
   launch(vg_row_sample, a, logits);
 }
 
 RowTruncatedArgs truncated(const Tensor& logits, const OptTensor& bias, const OptTensor& targets,
-                           const Tensor& temperature, double softcap, int64_t ignore_index,
-                           const Tensor& cut) {
+                           double softcap, int64_t ignore_index, const Options& options,
+                           const OptTensor& cut) {
   RowTruncatedArgs a{};
   a.logits = matrix(logits, "logits");
   const int64_t n = a.logits.rows;
   a.scale = scale_of(bias, a.logits.columns, 1.0, softcap);
   a.targets = rows<int64_t>(targets, n, "targets");
-  a.temperature = rows<float>(temperature, n, "temperature");
+  a.options = options.rows_of(n);
   a.ignore_index = ignore_index;
   a.cut = rows<int64_t>(cut, 2 * n, "cut");
   return a;
 }
 
-void row_cut(const Tensor& logits, const OptTensor& bias, const OptTensor& targets,
-             const Tensor& temperature, double softcap, int64_t ignore_index, int64_t top_k,
-             double top_p, double min_p, Tensor cut) {
-  RowTruncatedArgs a = truncated(logits, bias, targets, temperature, softcap, ignore_index, cut);
-  a.top_k = top_k;
-  a.top_p = top_p;
-  a.min_p = min_p;
-  launch(vg_row_cut, a, logits);
+void row_cut(const Tensor& logits, const OptTensor& bias, const OptTensor& targets, double softcap,
+             int64_t ignore_index, double temperature, int64_t top_k, double top_p, double min_p,
+             const OptTensor& temperatures, const OptTensor& top_ks, const OptTensor& top_ps,
+             const OptTensor& min_ps, Tensor cut) {
+  const Options options{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps};
+  launch(vg_row_cut, truncated(logits, bias, targets, softcap, ignore_index, options, cut), logits);
 }
 
 void row_kept_stats(const Tensor& logits, const OptTensor& bias, const Tensor& targets,
-                    const Tensor& temperature, double softcap, int64_t ignore_index,
-                    const Tensor& cut, Tensor logp, Tensor entropy, Tensor lse) {
-  RowTruncatedArgs a = truncated(logits, bias, targets, temperature, softcap, ignore_index, cut);
+                    double softcap, int64_t ignore_index, double temperature, int64_t top_k,
+                    double top_p, double min_p, const OptTensor& temperatures,
+                    const OptTensor& top_ks, const OptTensor& top_ps, const OptTensor& min_ps,
+                    const OptTensor& cut, Tensor logp, Tensor entropy, Tensor lse) {
+  const Options options{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps};
+  RowTruncatedArgs a = truncated(logits, bias, targets, softcap, ignore_index, options, cut);
   a.logp = rows<float>(logp, a.logits.rows, "logp");
   a.entropy = rows<float>(entropy, a.logits.rows, "entropy");
   a.lse = rows<float>(lse, a.logits.rows, "lse");
@@ -218,10 +239,13 @@ void row_kept_stats(const Tensor& logits, const OptTensor& bias, const Tensor& t
 }
 
 void row_kept_grad(const Tensor& logits, const OptTensor& bias, const Tensor& targets,
-                   const Tensor& temperature, double softcap, int64_t ignore_index,
-                   const Tensor& cut, const Tensor& logp, const Tensor& entropy, const Tensor& lse,
-                   const Tensor& c, const Tensor& e, Tensor out) {
-  RowTruncatedArgs a = truncated(logits, bias, targets, temperature, softcap, ignore_index, cut);
+                   double softcap, int64_t ignore_index, double temperature, int64_t top_k,
+                   double top_p, double min_p, const OptTensor& temperatures,
+                   const OptTensor& top_ks, const OptTensor& top_ps, const OptTensor& min_ps,
+                   const OptTensor& cut, const Tensor& logp, const Tensor& entropy,
+                   const Tensor& lse, const Tensor& c, const Tensor& e, Tensor out) {
+  const Options options{temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps, min_ps};
+  RowTruncatedArgs a = truncated(logits, bias, targets, softcap, ignore_index, options, cut);
   const int64_t n = a.logits.rows;
   a.out = matrix(out, "out");
   STD_TORCH_CHECK(a.out.rows == n && a.out.columns == a.logits.columns,
@@ -400,17 +424,26 @@ STABLE_TORCH_LIBRARY(vgkern_launch, m) {
       "float softcap, int ignore_index, float[] objective, Tensor(d!)? out) -> ()");
   m.def(
       "row_sample(Tensor logits, Tensor? bias, int seed, Tensor sequence, Tensor position, "
-      "Tensor temperature, float softcap, Tensor cut, Tensor(a!) token) -> ()");
+      "float softcap, "
+      "float temperature, int top_k, float top_p, float min_p, Tensor? temperatures, "
+      "Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? cut, Tensor(a!) token) -> ()");
   m.def(
-      "row_cut(Tensor logits, Tensor? bias, Tensor? targets, Tensor temperature, float softcap, "
-      "int ignore_index, int top_k, float top_p, float min_p, Tensor(a!) cut) -> ()");
+      "row_cut(Tensor logits, Tensor? bias, Tensor? targets, float softcap, int ignore_index, "
+      "float temperature, int top_k, float top_p, float min_p, Tensor? temperatures, "
+      "Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor(a!) cut) -> ()");
   m.def(
-      "row_kept_stats(Tensor logits, Tensor? bias, Tensor targets, Tensor temperature, "
-      "float softcap, int ignore_index, Tensor cut, Tensor(a!) logp, Tensor(b!) entropy, "
+      "row_kept_stats(Tensor logits, Tensor? bias, Tensor targets, float softcap, "
+      "int ignore_index, "
+      "float temperature, int top_k, float top_p, float min_p, Tensor? temperatures, "
+      "Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? cut, Tensor(a!) logp, Tensor(b!) "
+      "entropy, "
       "Tensor(c!) lse) -> ()");
   m.def(
-      "row_kept_grad(Tensor logits, Tensor? bias, Tensor targets, Tensor temperature, "
-      "float softcap, int ignore_index, Tensor cut, Tensor logp, Tensor entropy, Tensor lse, "
+      "row_kept_grad(Tensor logits, Tensor? bias, Tensor targets, float softcap, "
+      "int ignore_index, "
+      "float temperature, int top_k, float top_p, float min_p, Tensor? temperatures, "
+      "Tensor? top_ks, Tensor? top_ps, Tensor? min_ps, Tensor? cut, Tensor logp, Tensor entropy, "
+      "Tensor lse, "
       "Tensor c, Tensor e, Tensor(a!) out) -> ()");
   m.def(
       "policy_terms(Tensor logp, Tensor advantages, Tensor row_weight, Tensor? old_logp, "

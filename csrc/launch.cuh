@@ -63,25 +63,34 @@ struct RowPolicyArgs {
   float* power;  // [N]: what fp16 gradients are multiplied by; null: nothing
 };
 
+// Temperature and truncation: a number for all rows, or [N] where there is a pointer.
+struct RowOptions {
+  float temperature;  // 0: greedy
+  int64_t top_k;      // 0: no limit
+  double top_p, min_p;
+  const float* temperatures;
+  const int64_t* top_ks;
+  const float *top_ps, *min_ps;
+};
+
 struct RowSampleArgs {
   Matrix logits;  // [N, V]
   Scale scale;    // inv_temperature is not used
   NoiseRows noise;
-  const float* temperature;  // [N], 0: greedy
-  const int64_t* cut;        // [N, 2], from vg_row_cut
-  int64_t* token;            // [N]; -2 where every id is blocked
+  RowOptions options;
+  const int64_t* cut;  // [N, 2], from vg_row_cut; null: nothing is cut
+  int64_t* token;      // [N]; -2 where every id is blocked
 };
 
 // What each of the three launchers takes of these is in bindings_cuda.cpp.
 struct RowTruncatedArgs {
-  Matrix logits, out;        // [N, V]; out may be logits
-  Scale scale;               // inv_temperature is not used
-  const int64_t* targets;    // [N]; null for the cut: of every row
-  const float* temperature;  // [N], 0: greedy
+  Matrix logits, out;      // [N, V]; out may be logits
+  Scale scale;             // inv_temperature is not used
+  const int64_t* targets;  // [N]; null for the cut: of every row
+  RowOptions options;
   int64_t ignore_index;
-  int64_t top_k;  // 0: no limit
-  double top_p, min_p;
-  int64_t* cut;                 // [N, 2]: key and highest id of the smallest z that stays
+  int64_t* cut;                 // [N, 2]: key and highest id of the smallest z that stays; may be
+                                // null for the other two: nothing is cut
   float *logp, *entropy, *lse;  // [N]
   const float *c, *e;           // [N]: dl/dlogp, dl/dentropy
 };

@@ -159,12 +159,13 @@ void LinearRows::score(const Chunk& k) {
       tiles([](const float* tile, float* row, size_t n) { std::memcpy(row, tile, n); });
     }
     const int64_t row = k.rows[i], y = targets_[row];
-    if (per_row_->temperature[row] == 0.f) {
+    if (per_row_->greedy(row)) {
       k.stats[i] = greedy_score(z, v, y);
       return;
     }
-    const bool cut = per_row_->cut.any();
-    if (cut && !truncate(z, v, per_row_->cut, kept)) {
+    const Cut limits = per_row_->cut(row);
+    const bool cut = limits.any();
+    if (cut && !truncate(z, v, limits, kept)) {
       k.stats[i] = finish(sums(z, v, y));  // NaN
       return;
     }

@@ -41,15 +41,6 @@ struct Chunk {
   RowStats* stats;  // filled by forward
 };
 
-// A temperature per row of the caller (0: greedy), and the truncation of every row.
-struct PerRow {
-  const float* temperature;
-  Cut cut;
-  float inverse(int64_t row) const {
-    return temperature[row] == 0.f ? 1.f : 1.f / temperature[row];
-  }
-};
-
 // Costates at the next inputs of the caller's rows: the third term of their gradients.
 class Costates {
  public:

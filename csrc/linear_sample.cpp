@@ -21,20 +21,21 @@ void race_kept(const float* z, int64_t v, const std::vector<int64_t>& kept, cons
 }  // namespace
 
 static std::tuple<Tensor, Tensor, Tensor> linear_sample_fwd(
-    const Tensor& hidden,       // [B, H]
-    const Tensor& weight,       // [V, H]
-    const OptTensor& bias,      // [V]
-    int64_t seed,               // two's complement of the 64-bit seed
-    const Tensor& sequence,     // [B]
-    const Tensor& position,     // [B]
-    const Tensor& temperature,  // [B], 0: greedy
-    double softcap, int64_t top_k, double top_p, double min_p) {
+    const Tensor& hidden,    // [B, H]
+    const Tensor& weight,    // [V, H]
+    const OptTensor& bias,   // [V]
+    int64_t seed,            // two's complement of the 64-bit seed
+    const Tensor& sequence,  // [B]
+    const Tensor& position,  // [B]
+    double softcap, double temperature, int64_t top_k, double top_p, double min_p,
+    const OptTensor& temperatures,  // [B], 0: greedy
+    const OptTensor& top_ks, const OptTensor& top_ps, const OptTensor& min_ps) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Head head(hidden, weight, bias, 1.0, softcap);
-  const Cut cut{top_k, top_p, min_p};
   const int64_t b = head.n, v = head.v;
   const int64_t *seq = i64_rows(sequence, b, "sequence"), *pos = i64_rows(position, b, "position");
-  const float* temp = f32_rows(temperature, b, "temperature");
+  const PerRow per_row(b, v, temperature, top_k, top_p, min_p, temperatures, top_ks, top_ps,
+                       min_ps);
   auto f32 = at::TensorOptions().dtype(at::kFloat);
   Tensor token = at::zeros({b}, at::TensorOptions().dtype(at::kLong));
   Tensor logp = at::zeros({b}, f32), entropy = at::zeros({b}, f32);
@@ -71,9 +72,10 @@ static std::tuple<Tensor, Tensor, Tensor> linear_sample_fwd(
       thread_local Kept kept;
       float* z = block + i * v;
       const int64_t row = r0 + i;
-      const bool greedy = temp[row] == 0.f;
+      const bool greedy = per_row.greedy(row);
+      const Cut cut = per_row.cut(row);
       Transform t = head.transform;
-      t.inv_temperature = greedy ? 1.f : 1.f / temp[row];
+      t.inv_temperature = per_row.inverse(row);
       if (!t.plain()) rows().transform(z, v, 0, t);
       const uint64_t s = uint64_t(seq[row]);
       const RaceKey key{uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32),

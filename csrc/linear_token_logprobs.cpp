@@ -91,12 +91,14 @@ static std::tuple<Tensor, Tensor, Tensor> linear_logprobs_bwd(
 
 static std::tuple<Tensor, Tensor> linear_truncated_logprobs_fwd(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets,
-    const Tensor& temperature,  // [N], 0: greedy
-    double softcap, int64_t ignore_index, int64_t top_k, double top_p, double min_p) {
+    double softcap, int64_t ignore_index, double temperature, int64_t top_k, double top_p,
+    double min_p, const OptTensor& temperatures,  // [N], 0: greedy
+    const OptTensor& top_ks, const OptTensor& top_ps, const OptTensor& min_ps) {
   Head head(hidden, weight, bias, 1.0, softcap);
   Tensor tgt = targets.contiguous();
   const int64_t* y = i64_rows(tgt, head.n, "targets");
-  const PerRow per_row{f32_rows(temperature, head.n, "temperature"), {top_k, top_p, min_p}};
+  const PerRow per_row(head.n, head.v, temperature, top_k, top_p, min_p, temperatures, top_ks,
+                       top_ps, min_ps);
   auto f32 = at::TensorOptions().dtype(at::kFloat);
   Tensor logp = at::zeros({head.n}, f32), ent = at::zeros({head.n}, f32);
   LinearRows run(head, y, rows_with_id(y, head.n, head.v - 1, ignore_index, {logp, ent}, any_row),
@@ -112,21 +114,21 @@ static std::tuple<Tensor, Tensor> linear_truncated_logprobs_fwd(
 
 static std::tuple<Tensor, Tensor, Tensor> linear_truncated_logprobs_bwd(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& targets,
-    const Tensor& dlogp,        // [N]
-    const Tensor& dentropy,     // [N]
-    const Tensor& temperature,  // [N], 0: greedy
-    double softcap, int64_t ignore_index, int64_t top_k, double top_p, double min_p,
+    const Tensor& dlogp,     // [N]
+    const Tensor& dentropy,  // [N]
+    double softcap, int64_t ignore_index, double temperature, int64_t top_k, double top_p,
+    double min_p, const OptTensor& temperatures,  // [N], 0: greedy
+    const OptTensor& top_ks, const OptTensor& top_ps, const OptTensor& min_ps,
     c10::List<bool> needs) {
   Head head(hidden, weight, bias, 1.0, softcap);
   Tensor tgt = targets.contiguous();
   const int64_t* y = i64_rows(tgt, head.n, "targets");
   const float *dl = f32_rows(dlogp, head.n, "dlogp"), *de = f32_rows(dentropy, head.n, "dentropy");
-  const PerRow per_row{f32_rows(temperature, head.n, "temperature"), {top_k, top_p, min_p}};
+  const PerRow per_row(head.n, head.v, temperature, top_k, top_p, min_p, temperatures, top_ks,
+                       top_ps, min_ps);
   bool flags[3] = {needs[0], needs[1], needs[2]};
   Grads grads(head, flags);
-  auto wanted = [&](int64_t i) {
-    return (dl[i] != 0.f || de[i] != 0.f) && per_row.temperature[i] != 0.f;
-  };
+  auto wanted = [&](int64_t i) { return (dl[i] != 0.f || de[i] != 0.f) && !per_row.greedy(i); };
   LinearRows run(head, y, rows_with_id(y, head.n, head.v - 1, ignore_index, {}, wanted), &per_row);
   run.run(&grads, [&](Chunk& k, float* c, float* e) {
     for (int64_t i = 0; i < k.count; ++i) {

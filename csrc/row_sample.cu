@@ -11,11 +11,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_sample_kernel(RowSampleArg
   VG_SHARED(Slots<Best>, shared);
   const int64_t vocab = a.logits.columns;
   for (int64_t i = blockIdx.x; i < a.logits.rows; i += gridDim.x) {
-    const float temperature = a.temperature[i];
-    const bool greedy = temperature == 0.f;
+    const bool greedy = temperature_of(a.options, i) == 0.f;
     const Row<T> row{static_cast<const T*>(a.logits.data) + i * a.logits.stride, vocab, a.scale,
-                     greedy ? 1.f : 1.f / temperature, shared.bytes};
-    const Cut cut{uint32_t(a.cut[2 * i]), a.cut[2 * i + 1]};
+                     inverse_of(a.options, i), shared.bytes};
+    const Cut cut = cut_of(a.cut, i, vocab);
     const NoiseRow noise = noise_row(a.noise.seed, a.noise.sequence[i], a.noise.position[i]);
     Best best;
     Words words{};

@@ -13,9 +13,8 @@ VG_DEVICE bool has_id(const RowTruncatedArgs& a, int64_t i) {
 
 template <class T>
 VG_DEVICE Row<T> row_of(const RowTruncatedArgs& a, int64_t i, char* shared) {
-  const float t = a.temperature[i];
   return {static_cast<const T*>(a.logits.data) + i * a.logits.stride, a.logits.columns, a.scale,
-          t == 0.f ? 1.f : 1.f / t, shared};
+          inverse_of(a.options, i), shared};
 }
 
 // The 1: for two blocks a multiprocessor ptxas gives 64 registers on sm_80, and spills.
@@ -26,7 +25,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_cut_kernel(RowTruncatedArg
   for (int64_t i = blockIdx.x; i < a.logits.rows; i += gridDim.x) {
     Cut cut{0, a.logits.columns};
     if (has_id(a, i))
-      cut = row_of<T>(a, i, shared.bytes).cut(a.temperature[i] == 0.f, a.top_k, a.top_p, a.min_p);
+      cut = row_of<T>(a, i, shared.bytes)
+                .cut(temperature_of(a.options, i) == 0.f, top_k_of(a.options, i),
+                     top_p_of(a.options, i), min_p_of(a.options, i));
     if (threadIdx.x == 0) {
       a.cut[2 * i] = cut.key;
       a.cut[2 * i + 1] = cut.id;
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_kept_stats_kernel(RowTrunc
       continue;
     }
     const Row<T> row = row_of<T>(a, i, shared.bytes);
-    const Cut cut{uint32_t(a.cut[2 * i]), a.cut[2 * i + 1]};
+    const Cut cut = cut_of(a.cut, i, a.logits.columns);
     Softmax s;
     row.each([&](int64_t v, float z) {
       if (v == y || !cut.keeps_z(z, v)) return;
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_kept_grad_kernel(RowTrunca
     const T* row = static_cast<const T*>(a.logits.data) + i * a.logits.stride;
     Out* out = static_cast<Out*>(a.out.data) + i * a.out.stride;
     const float c = a.c[i], e = a.e[i], logp = a.logp[i], entropy = a.entropy[i];
-    const bool live = has_id(a, i) && a.temperature[i] != 0.f && logp != -kInf;
+    const bool live = has_id(a, i) && temperature_of(a.options, i) != 0.f && logp != -kInf;
     if (!live || (c == 0.f && e == 0.f)) {
       for (int64_t v = int64_t(threadIdx.x) * C; v < vocab; v += step) {
         const float zero[C] = {};
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) row_kept_grad_kernel(RowTrunca
       continue;
     }
     const int64_t y = a.targets[i];
-    const Cut cut{uint32_t(a.cut[2 * i]), a.cut[2 * i + 1]};
-    const float it = 1.f / a.temperature[i], lse = a.lse[i], base = -c - e * entropy;
+    const Cut cut = cut_of(a.cut, i, vocab);
+    const float it = inverse_of(a.options, i), lse = a.lse[i], base = -c - e * entropy;
     const float own = c * -expm1f(logp) - (e == 0.f ? 0.f : e * expf(logp) * (logp + entropy));
     for (int64_t v = int64_t(threadIdx.x) * C; v < vocab; v += step) {
       float z[C], slope[C], dz[C] = {};

@@ -33,6 +33,32 @@ struct Cut {
   VG_DEVICE bool keeps_z(float z, int64_t v) const { return z != z || keeps(key_of(z), v); }
 };
 
+VG_DEVICE float temperature_of(const RowOptions& o, int64_t i) {
+  return o.temperatures ? o.temperatures[i] : o.temperature;
+}
+VG_DEVICE int64_t top_k_of(const RowOptions& o, int64_t i) {
+  return o.top_ks ? o.top_ks[i] : o.top_k;
+}
+VG_DEVICE double top_p_of(const RowOptions& o, int64_t i) {
+  return o.top_ps ? double(o.top_ps[i]) : o.top_p;
+}
+VG_DEVICE double min_p_of(const RowOptions& o, int64_t i) {
+  return o.min_ps ? double(o.min_ps[i]) : o.min_p;
+}
+
+// 1 / temperature; 1 where that is 0. A value out of bounds, which nobody looked at, makes NaN.
+VG_DEVICE float inverse_of(const RowOptions& o, int64_t i) {
+  const float t = temperature_of(o, i);
+  const double p = top_p_of(o, i), m = min_p_of(o, i);
+  if (!(t >= 0.f && p > 0.0 && p <= 1.0 && m >= 0.0 && m <= 1.0)) return nan_value();
+  return t == 0.f ? 1.f : 1.f / t;
+}
+
+// What vg_row_cut left of row i.
+VG_DEVICE Cut cut_of(const int64_t* cut, int64_t i, int64_t vocab) {
+  return cut ? Cut{uint32_t(cut[2 * i]), cut[2 * i + 1]} : Cut{0, vocab};
+}
+
 struct Sums {
   uint64_t above[7];
   VG_DEVICE void merge(const Sums& o) {

@@ -11,6 +11,45 @@ struct Cut {
   bool any() const { return top_k > 0 || top_p < 1.0 || min_p > 0.0; }
 };
 
+// The temperature (0: greedy) and the truncation of each row: one for all, or one per row where the
+// caller has them. A value out of bounds, which nobody looked at in a traced graph, makes a row
+// NaN.
+class PerRow {
+ public:
+  PerRow(int64_t n, int64_t vocab, double temperature, int64_t top_k, double top_p, double min_p,
+         const OptTensor& temperatures, const OptTensor& top_ks, const OptTensor& top_ps,
+         const OptTensor& min_ps)
+      : vocab_(vocab), temperature_(float(temperature)), all_{top_k, top_p, min_p},
+        temperatures_(f32_rows(temperatures, n, "temperature")),
+        top_ks_(top_ks ? i64_rows(*top_ks, n, "top_k") : nullptr),
+        top_ps_(f32_rows(top_ps, n, "top_p")), min_ps_(f32_rows(min_ps, n, "min_p")) {}
+  bool greedy(int64_t row) const { return temperature(row) == 0.f; }
+  float inverse(int64_t row) const {
+    const float t = temperature(row);
+    const Cut c = cut(row);
+    const bool good =
+        t >= 0.f && c.top_p > 0.0 && c.top_p <= 1.0 && c.min_p >= 0.0 && c.min_p <= 1.0;
+    if (!good) return std::numeric_limits<float>::quiet_NaN();
+    return t == 0.f ? 1.f : 1.f / t;
+  }
+  Cut cut(int64_t row) const {
+    Cut c = all_;
+    if (top_ks_) c.top_k = top_ks_[row] > 0 && top_ks_[row] < vocab_ ? top_ks_[row] : 0;
+    if (top_ps_) c.top_p = top_ps_[row];
+    if (min_ps_) c.min_p = min_ps_[row];
+    return c;
+  }
+
+ private:
+  float temperature(int64_t row) const { return temperatures_ ? temperatures_[row] : temperature_; }
+  int64_t vocab_;
+  float temperature_;
+  Cut all_;
+  const float* temperatures_;
+  const int64_t* top_ks_;
+  const float *top_ps_, *min_ps_;
+};
+
 struct Candidate {
   float z;
   int64_t id;

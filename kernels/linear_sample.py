@@ -2,7 +2,7 @@
 
 import torch
 
-from . import linear
+from . import linear, row_cut
 from . import rows as row_kernels
 
 
@@ -13,11 +13,8 @@ def linear_sample_fwd(
     seed,
     sequence,  # [N] int64
     position,
-    temperature,  # [N] fp32, 0: greedy
     softcap,
-    top_k,
-    top_p,
-    min_p,
+    *cut,  # vgkern.ops._truncate.Cut
     rows=row_kernels,
 ):
     parts = [
@@ -27,14 +24,13 @@ def linear_sample_fwd(
             seed,
             sequence[part],
             position[part],
-            temperature[part],
             softcap,
-            top_k,
-            top_p,
-            min_p,
+            row_cut.part_of(cut, part),
         )
         for part in linear.chunks(hidden.shape[0], weight.shape[0], hidden.device)
     ]
+    if len(parts) == 1:
+        return parts[0]
     if not parts:
         empty = hidden.new_empty(0, dtype=torch.float32)
         return torch.empty_like(sequence), empty, torch.empty_like(empty)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import linear, live, memory, tile
+from . import linear, live, memory, row_cut, tile
 from . import rows as row_kernels
 from .linear_grad import linear_grad, recompute_pays, room
 from .logits import INF, finish, flat, raised
@@ -130,12 +130,9 @@ def linear_truncated_logprobs_fwd(
     weight,
     bias,
     targets,
-    temperature,  # [N] fp32; 0: greedy
     softcap,
     ignore_index,
-    top_k,
-    top_p,
-    min_p,
+    *cut,  # vgkern.ops._truncate.Cut
     rows=row_kernels,
 ):
     parts = [
@@ -143,15 +140,14 @@ def linear_truncated_logprobs_fwd(
             linear.mm32(hidden[part], weight.t()),
             bias,
             targets[part],
-            temperature[part],
             softcap,
             ignore_index,
-            top_k,
-            top_p,
-            min_p,
+            row_cut.part_of(cut, part),
         )
         for part in linear.chunks(hidden.shape[0], weight.shape[0], hidden.device)
     ]
+    if len(parts) == 1:
+        return parts[0]
     if not parts:
         return tuple(hidden.new_empty(0, dtype=torch.float32) for _ in range(2))
     return tuple(torch.cat(x) for x in zip(*parts, strict=True))
@@ -163,33 +159,33 @@ def linear_truncated_logprobs_bwd(
     weight,
     bias,
     targets,
-    dlogp,  # [N] fp32, as are dentropy and temperature
+    dlogp,  # [N] fp32, as is dentropy
     dentropy,
-    temperature,
     softcap,
     ignore_index,
-    top_k,
-    top_p,
-    min_p,
-    needs,
+    *cut_and_needs,  # vgkern.ops._truncate.Cut, needs
     rows=row_kernels,
 ):
+    *cut, needs = cut_and_needs
+    temperature = cut[0] if cut[4] is None else cut[4]
     vocab = weight.shape[0]
-    alive = (targets != ignore_index) & (targets >= 0) & (targets < vocab) & (temperature != 0)
+    alive = (targets != ignore_index) & (targets >= 0) & (targets < vocab)
     alive &= (dlogp != 0) | (dentropy != 0)
+    alive &= temperature != 0  # a greedy row has none
     if needs[1]:
         hidden = linear.clean(hidden, alive)
     grads = linear.Grads(hidden, weight, bias, needs, 1.0, softcap, ignore_index, rows)
     if any(needs):
         y = targets.where(alive, ignore_index)  # what has no gradient is not looked at
         c, e = (g.masked_fill(~alive, 0) for g in (dlogp, dentropy))
-        steep = (1 / temperature).where(alive, 0)
+        steep = alive / (temperature if cut[4] is not None else temperature or 1.0)
+        steep = steep.masked_fill(~alive, 0)
         for part in linear.chunks(hidden.shape[0], vocab, hidden.device):
             logits = linear.mm32(hidden[part], weight.t())
             *scaled, scale = grads.scaled(c[part], e[part], steep[part])
             dz = rows.row_truncated_grad(
-                logits, bias, y[part], *scaled, temperature[part], softcap, ignore_index, top_k,
-                top_p, min_p, linear.beside(logits, hidden.dtype)
+                logits, bias, y[part], *scaled, softcap, ignore_index,
+                row_cut.part_of(cut, part), linear.beside(logits, hidden.dtype)
             )  # fmt: skip
             grads.products(part, dz, scale)
             del logits, dz

@@ -1,4 +1,8 @@
-"""One token per row of materialised logits: the Gumbel race, over what a truncation keeps."""
+"""One token per row of materialised logits: the Gumbel race, over what a truncation keeps.
+
+Each span of a row has a race of its own, one program each; who won the row is made out where it is
+scored.
+"""
 
 import torch
 import triton
@@ -6,7 +10,8 @@ import triton.language as tl
 
 from . import noise
 from .logits import INF, flat, launch, load_z
-from .row_truncated import keep, row_cut, row_kept_stats
+from .row_cut import cuts, flat_or_number, keep, of_row, row_cut, scale_of
+from .row_truncated import SPAN, row_kept_stats
 
 
 def row_sample(
@@ -15,33 +20,38 @@ def row_sample(
     seed,
     sequence,  # [R] int64
     position,
-    temperature,  # [R] fp32; 0: greedy
     softcap,
-    top_k,  # 0: no limit
-    top_p,  # 1: no limit
-    min_p,  # 0: no limit
+    cut,  # vgkern.ops._truncate.Cut
 ):
     """(token int64, logp, entropy fp32), each [R]: argmax z + g over what the truncation keeps.
 
     The score is another pass, by the kernel that scores any token: the same bits, and exact where p
-    goes to 1, which sums that were made before the winner is known are not.
+    goes to 1, which sums that were made before the winner is known are not. A row that can draw
+    nothing has token 0 and NaN.
     """
     rows, vocab = logits.shape
+    spans = -(-vocab // SPAN)
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    sequence, position, temperature = (flat(x) for x in (sequence, position, temperature))
-    cut = row_cut(logits, bias, None, temperature, softcap, -1, top_k, top_p, min_p)
+    best = torch.empty(spans, rows, dtype=torch.float32, device=logits.device)
+    best_id = torch.empty(spans, rows, dtype=torch.int32, device=logits.device)
+    kept = (None, None)
+    if any(cuts(cut, vocab)):
+        kept = row_cut(logits, bias, None, softcap, -1, cut)
     if rows:
         with torch.cuda.device_of(logits):
-            _row_sample_kernel[(rows,)](
-                logits, logits.stride(0), flat(bias), seed, sequence, position, temperature, *cut,
-                token, vocab, softcap, SOFTCAP=softcap != 0, **launch(vocab, per_thread=8)
+            _row_race_kernel[(rows * spans,)](
+                logits, logits.stride(0), flat(bias), seed, flat(sequence), flat(position), cut[0],
+                flat_or_number(cut[4]), *kept, best, best_id, rows, vocab, softcap, spans,
+                SPAN=SPAN, SOFTCAP=softcap != 0,
+                **launch(min(vocab, SPAN), per_thread=8, most=min(SPAN, 2048))
             )  # fmt: skip
-    logp, entropy, _ = row_kept_stats(logits, bias, token, temperature, softcap, -1, cut)
-    return token.clamp_(min=0), logp, entropy
+    race = (best, best_id)
+    logp, entropy, _ = row_kept_stats(logits, bias, token, softcap, -1, cut, kept, race)
+    return token, logp, entropy
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _row_sample_kernel(
+@triton.jit(do_not_specialize=["seed", "R", "spans"])
+def _row_race_kernel(
     logits,  # [R, V]
     stride,
     bias,
@@ -49,30 +59,45 @@ def _row_sample_kernel(
     sequence,
     position,
     temperature,
+    temperatures,  # [R]; None: the number above
     cut,
-    ties,
-    token_out,  # -2 where every id is blocked
+    last,
+    best_out,  # [spans, R]
+    best_id_out,  # negative: a logit of the span is NaN or +inf
+    R,
     V,
     softcap,
+    spans,
+    SPAN: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64)
+    i, s = at // spans, (at % spans).to(tl.int32)
     row = logits + i * stride
-    seq, pos, t = tl.load(sequence + i), tl.load(position + i), tl.load(temperature + i)
-    least, tied = tl.load(cut + i), tl.load(ties + i)
-    scale = 1 / tl.where(t == 0, 1.0, t)
+    seq, pos = tl.load(sequence + i), tl.load(position + i)
+    t = of_row(i, temperature, temperatures)
+    scale = scale_of(t)
+    if cut is not None:
+        least, end = tl.load(cut + i), tl.load(last + i)
     best = tl.full([BLOCK], -INF, tl.float32)  # a race per lane; ids grow, so > keeps the first
     best_id = tl.zeros([BLOCK], tl.int32) + V
-    seen = tl.full([], 0, tl.int32)
-    for start in range(0, V, BLOCK):
+    sick = tl.zeros([BLOCK], tl.int32)
+    first = s * SPAN
+    for start in range(first, tl.minimum(first + SPAN, V), BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z, _ = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
-        score, seen = keep(z, cols, V, least, tied, seen)
+        sick |= ((z != z) & (cols < V) | (z == INF)).to(tl.int32)
+        if cut is not None:
+            z = keep(z, cols, least, end)
+        score = tl.where(cols < V, z, -INF)
         if t != 0:
             score += noise.gumbel(seed, seq, pos, start, BLOCK)
         better = score > best
         best = tl.where(better, score, best)
         best_id = tl.where(better, cols, best_id)
-    token = tl.min(tl.where(best == tl.max(best, 0), best_id, V), 0)
-    tl.store(token_out + i, tl.where(token >= V, -2, token).to(tl.int64))
+    most = tl.max(best, 0)
+    winner = tl.min(tl.where(best == most, best_id, V), 0)
+    here = s.to(tl.int64) * R + i
+    tl.store(best_out + here, most)
+    tl.store(best_id_out + here, tl.where(tl.max(sick, 0) != 0, -2, winner))

@@ -1,9 +1,9 @@
-"""Rows of materialised logits under a temperature per row and a truncation: which ids it keeps,
-their statistics, their gradient. One program a row.
+"""Rows of materialised logits under a temperature and a truncation: their statistics and their
+gradient, over what the cut of `row_cut` keeps. At temperature 0 that is the argmax alone.
 
-The truncation is exact and sorts nothing: its cut is found by a search over the bits of a float.
-What it keeps is z > cut, and the first `ties` of the ids with z == cut. At temperature 0 that is
-the argmax alone. The same kernel scores what `row_sample` drew, so the two agree to the bit.
+A row is scored in spans of a fixed number of columns, one program each, that a second kernel puts
+together: few rows fill a GPU, and a row's bits depend on neither the batch nor who asks: the same
+kernels score what `row_sample` drew.
 """
 
 import torch
@@ -11,37 +11,26 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .logits import (
-    INF,
-    flat,
-    launch,
-    load_z,
-    no_columns,
-    store_same,
-    store_stats,
-    with_columns,
-)
+from .logits import INF, finish, flat, launch, load_z, no_columns, raised, with_columns
+from .row_cut import cuts, flat_or_number, keep, of_row, row_cut, scale_of
 
-WAYS = tl.constexpr(8)  # cuts that one pass over a row tries
+SPAN = 4096  # columns of a program, a multiple of every block
 
 
 def row_truncated(
     logits,  # [R, V]
     bias,
     targets,  # [R] int64
-    temperature,  # [R] fp32; 0: greedy
     softcap,
     ignore_index,
-    top_k,  # 0: no limit
-    top_p,  # 1: no limit
-    min_p,  # 0: no limit
+    cut,  # vgkern.ops._truncate.Cut
 ):
     """(logp, entropy), each fp32 [R], over what is kept; logp = -inf for a target that is not.
 
     ignore_index gives zeros and its row is not read; an id outside [0, V) gives NaN.
     """
-    cut = row_cut(logits, bias, targets, temperature, softcap, ignore_index, top_k, top_p, min_p)
-    return row_kept_stats(logits, bias, targets, temperature, softcap, ignore_index, cut)[:2]
+    kept = cut_of_rows(logits, bias, targets, softcap, ignore_index, cut)
+    return row_kept_stats(logits, bias, targets, softcap, ignore_index, cut, kept)[:2]
 
 
 def row_truncated_grad(
@@ -50,12 +39,9 @@ def row_truncated_grad(
     targets,  # [R] int64
     c,  # [R] fp32: dL/dlogp
     e,  # [R] fp32: dL/dentropy
-    temperature,  # [R] fp32
     softcap,
     ignore_index,
-    top_k,
-    top_p,
-    min_p,
+    cut,
     out,  # [R, V]; may be `logits`
 ):
     """The gradient of each row's logits, written to `out`: c (onehot - p) - e p (log p + entropy)
@@ -63,133 +49,163 @@ def row_truncated_grad(
     no id has none.
     """
     rows, vocab = logits.shape
-    head = (logits, bias, targets, temperature, softcap, ignore_index)
-    cut = row_cut(*head, top_k, top_p, min_p)
-    stats = row_kept_stats(*head, cut)
+    kept = cut_of_rows(logits, bias, targets, softcap, ignore_index, cut)
+    stats = row_kept_stats(logits, bias, targets, softcap, ignore_index, cut, kept)
     if rows:
         with torch.cuda.device_of(logits):
             _row_kept_grad_kernel[(rows,)](
                 logits, logits.stride(0), flat(bias), flat(targets), *stats, flat(c), flat(e),
-                flat(temperature), *cut, out, out.stride(0), vocab, softcap, ignore_index,
-                SOFTCAP=softcap != 0, **launch(vocab, per_thread=8)
+                cut[0], flat_or_number(cut[4]), *kept, out, out.stride(0), vocab, softcap,
+                ignore_index, SOFTCAP=softcap != 0, **launch(vocab, per_thread=8)
             )  # fmt: skip
     return out
 
 
-def row_cut(logits, bias, targets, temperature, softcap, ignore_index, top_k, top_p, min_p):
-    """(cut fp32, ties int32), each [R]. `targets` None: of every row."""
+def cut_of_rows(logits, bias, targets, softcap, ignore_index, cut):
+    """`row_cut` where anything is cut, else (None, None): nothing is launched."""
+    greedy = cut[0] == 0 or cut[4] is not None  # may be
+    if not greedy and not any(cuts(cut, logits.shape[1])):
+        return None, None
+    return row_cut(logits, bias, targets, softcap, ignore_index, cut)
+
+
+def row_kept_stats(logits, bias, targets, softcap, ignore_index, cut, kept, race=None):
+    """(logp, entropy, lse), each fp32 [R], over what `kept` of `cut_of_rows` keeps.
+
+    race: (best, id) of `row_sample`, each [spans, R]: `targets` is then written.
+    """
     rows, vocab = logits.shape
-    cut = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    ties = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    top_k = top_k if 0 < top_k < vocab else 0
+    spans = -(-vocab // SPAN)
+    new = {"dtype": torch.float32, "device": logits.device}
+    logp, entropy, lse = (torch.empty(rows, **new) for _ in range(3))
+    state = torch.empty(4, spans, rows, **new)
+    padded = triton.next_power_of_2(spans)
     if rows:
         with torch.cuda.device_of(logits):
-            _row_cut_kernel[(rows,)](
-                logits, logits.stride(0), flat(bias), flat(targets), flat(temperature), cut, ties,
-                vocab, softcap, ignore_index, top_k, top_p, min_p, TOP_K=top_k > 0,
-                TOP_P=top_p < 1, MIN_P=min_p > 0, SOFTCAP=softcap != 0,
-                **launch(vocab, per_thread=4, most=2048)  # each counts for WAYS cuts at once
+            _row_kept_stats_kernel[(rows * spans,)](
+                logits, logits.stride(0), flat(bias), flat(targets), cut[0], flat_or_number(cut[4]),
+                *kept, *(race or (None, None)), state, rows, vocab, softcap, ignore_index, spans,
+                SPAN=SPAN, SPANS=padded, SOFTCAP=softcap != 0,
+                **launch(min(vocab, SPAN), per_thread=8, most=min(SPAN, 2048))
             )  # fmt: skip
-    return cut, ties
-
-
-def row_kept_stats(logits, bias, targets, temperature, softcap, ignore_index, cut):
-    """(logp, entropy, lse), each fp32 [R], over what `cut` of `row_cut` keeps."""
-    rows, vocab = logits.shape
-    logp, entropy, lse = (
-        torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3)
-    )
-    if rows:
-        with torch.cuda.device_of(logits):
-            _row_kept_stats_kernel[(rows,)](
-                logits, logits.stride(0), flat(bias), flat(targets), flat(temperature), *cut, logp,
-                entropy, lse, vocab, softcap, ignore_index, SOFTCAP=softcap != 0,
-                **launch(vocab, per_thread=8)
+            _row_merge_kernel[(rows,)](
+                state, flat(targets), logp, entropy, lse, rows, ignore_index, spans, SPANS=padded,
+                num_warps=1, enable_fp_fusion=True
             )  # fmt: skip
     return logp, entropy, lse
 
 
-@triton.jit(do_not_specialize=["ignore_index", "top_k"])
-def _row_cut_kernel(
-    logits,  # [R, V]
-    stride,
-    bias,
-    targets,
-    temperature,
-    cut_out,
-    ties_out,
-    V,
-    softcap,
-    ignore_index,
-    top_k,
-    top_p,
-    min_p,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    MIN_P: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i = tl.program_id(0).to(tl.int64)
-    row = logits + i * stride
-    t = tl.load(temperature + i)
-    look = (t == 0) | TOP_K | TOP_P | MIN_P
-    if targets is not None:
-        y = tl.load(targets + i)
-        look = look & (y != ignore_index) & (y >= 0) & (y < V)
-    scale = 1 / tl.where(t == 0, 1.0, t)
-    cut = tl.full([], -INF, tl.float32)
-    ties = tl.full([], 0, tl.int32) + V
-    if look:
-        top, sick = row_peak(row, bias, V, scale, softcap, SOFTCAP, BLOCK)
-        if (sick == 0) & (top > -INF):
-            if t == 0:
-                cut, ties = top, ties * 0 + 1
-            else:
-                cut, ties = search(
-                    row, bias, V, scale, softcap, top, top_k, top_p, min_p, TOP_K, TOP_P, MIN_P,
-                    SOFTCAP, BLOCK
-                )  # fmt: skip
-    tl.store(cut_out + i, cut)
-    tl.store(ties_out + i, ties)
-
-
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "R", "spans"])
 def _row_kept_stats_kernel(
     logits,  # [R, V]
     stride,
     bias,
-    targets,
+    targets,  # [R]; written where there was a race
     temperature,
+    temperatures,  # [R]; None: the number above
     cut,
-    ties,
-    logp_out,
-    entropy_out,
-    lse_out,
+    last,
+    best,  # [spans, R], as best_id; None: targets are given
+    best_id,
+    state,  # [4, spans, R]: the largest z, the sums of softmax and entropy, z of the target
+    R,
     V,
     softcap,
     ignore_index,
+    spans,
+    SPAN: tl.constexpr,
+    SPANS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64)
+    i, s = at // spans, (at % spans).to(tl.int32)
     row = logits + i * stride
-    y = tl.load(targets + i)
-    ignored = y == ignore_index
-    if (y >= 0) & (y < V) & (y != ignore_index):
-        t, least, tied = tl.load(temperature + i), tl.load(cut + i), tl.load(ties + i)
-        scale = 1 / tl.where(t == 0, 1.0, t)
+    t = of_row(i, temperature, temperatures)
+    if best is None:
+        y = tl.load(targets + i)
+    else:
+        j = tl.arange(0, SPANS)
+        there = best + j.to(tl.int64) * R + i
+        score = tl.load(there, mask=j < spans, other=-INF)
+        ids = tl.load(best_id + j.to(tl.int64) * R + i, mask=j < spans, other=V)
+        won = tl.min(tl.where(score == tl.max(score, 0), ids, V), 0)
+        none = (tl.max(score, 0) == -INF) | (tl.min(ids, 0) < 0)  # all are blocked, or one is NaN
+        y = tl.where(none, -2, won).to(tl.int64)
+        if s == 0:
+            tl.store(targets + i, tl.where(none, 0, y))
+    known = (y >= 0) & (y < V)
+    if known & (y != ignore_index):
+        scale = scale_of(t)
+        if cut is not None:
+            least, end = tl.load(cut + i), tl.load(last + i)
         stats = no_columns(BLOCK)
-        seen = tl.full([], 0, tl.int32)
-        for start in range(0, V, BLOCK):
+        first = s * SPAN
+        for start in range(first, tl.minimum(first + SPAN, V), BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z, _ = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
-            z, seen = keep(z, cols, V, least, tied, seen)
+            if cut is not None:
+                z = keep(z, cols, least, end)
+                z = tl.where(cols < V, z, -INF)
+            else:
+                z = tl.where((t == 0) & (cols != y), -INF, z)  # greedy, and y is what won
             stats = with_columns(stats, z, cols, y)
-        store_stats(logp_out, entropy_out, lse_out, i, stats, y < V)
-    else:
-        value = tl.where(ignored, 0.0, float("nan"))
-        store_same(logp_out, entropy_out, lse_out, i, value)
+        top, total, dot, target = stats
+        peak = tl.max(top, 0)
+        total, dot = raised(top, peak, total, dot)
+        store_part(state, s, spans, i, R, peak, tl.sum(total, 0), tl.sum(dot, 0),
+                   part_of_target(target, y, first, SPAN))  # fmt: skip
+    else:  # nothing that can be scored; an ignored row is not looked at any more
+        nan = tl.full([], float("nan"), tl.float32)
+        store_part(state, s, spans, i, R, nan, nan, nan, nan)
+
+
+@triton.jit
+def part_of_target(target, y, first, SPAN: tl.constexpr):
+    """z of the target, from the span that has it; -inf from any other."""
+    return tl.where((y >= first) & (y < first + SPAN), tl.sum(target, 0), -INF)
+
+
+@triton.jit
+def store_part(state, s, spans, i, R, peak, total, dot, target):
+    size = tl.full([], 1, tl.int64) * spans * R
+    at = state + tl.full([], 1, tl.int64) * s * R + i
+    tl.store(at, peak)
+    tl.store(at + size, total)
+    tl.store(at + 2 * size, dot)
+    tl.store(at + 3 * size, target)
+
+
+@triton.jit(do_not_specialize=["ignore_index", "R", "spans"])
+def _row_merge_kernel(
+    state,
+    targets,
+    logp_out,
+    entropy_out,
+    lse_out,
+    R,
+    ignore_index,
+    spans,
+    SPANS: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, SPANS)
+    size = tl.full([], 1, tl.int64) * spans * R
+    at, inside = state + j.to(tl.int64) * R + i, j < spans
+    top = tl.load(at, mask=inside, other=-INF)
+    total = tl.load(at + size, mask=inside, other=0.0)
+    dot = tl.load(at + 2 * size, mask=inside, other=0.0)
+    parts = tl.load(at + 3 * size, mask=inside, other=-INF)
+    sick = tl.sum((parts != parts).to(tl.int32), 0) > 0
+    target = tl.where(sick, float("nan"), tl.max(tl.where(parts == parts, parts, -INF), 0))
+    peak = tl.max(tl.where(top == top, top, -INF), 0)
+    total, dot = raised(top, peak, total, dot)
+    here = tl.full([], 1, tl.int1)
+    logp, entropy, lse = finish(target, peak, tl.sum(total, 0), tl.sum(dot, 0), here)
+    ignored = tl.load(targets + i) == ignore_index
+    tl.store(logp_out + i, tl.where(ignored, 0.0, logp))
+    tl.store(entropy_out + i, tl.where(ignored, 0.0, entropy))
+    tl.store(lse_out + i, tl.where(ignored, 0.0, lse))
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -204,8 +220,9 @@ def _row_kept_grad_kernel(
     c,
     e,
     temperature,
+    temperatures,  # [R]; None: the number above
     cut,
-    ties,
+    last,
     out,  # [R, V]
     out_stride,
     V,
@@ -216,19 +233,21 @@ def _row_kept_grad_kernel(
 ):
     i = tl.program_id(0).to(tl.int64)
     row, out_row = logits + i * stride, out + i * out_stride
-    y, t, lp = tl.load(targets + i), tl.load(temperature + i), tl.load(logp + i)
+    y, lp = tl.load(targets + i), tl.load(logp + i)
+    t = of_row(i, temperature, temperatures)
     ci, ei = tl.load(c + i), tl.load(e + i)
     known = (y >= 0) & (y < V) & (y != ignore_index)
     if known & (t != 0) & (lp != -INF) & ((ci != 0) | (ei != 0)):
-        least, tied = tl.load(cut + i), tl.load(ties + i)
+        if cut is not None:
+            least, end = tl.load(cut + i), tl.load(last + i)
         log_z, ent = tl.load(lse + i), tl.load(entropy + i)
         at_y = -ci * libdevice.expm1(lp) - ei * libdevice.exp(lp) * (lp + ent)
-        scale = 1 / t
-        seen = tl.full([], 0, tl.int32)
+        scale = scale_of(t)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z, slope = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
-            z, seen = keep(z, cols, V, least, tied, seen)
+            if cut is not None:
+                z = keep(z, cols, least, end)
             d = z - log_z
             d = tl.where(d < -1e30, -1e30, d)
             dz = tl.exp(d) * (-ci - ei * (d + ent))
@@ -239,134 +258,3 @@ def _row_kept_grad_kernel(
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             tl.store(out_row + cols, zero, mask=cols < V)
-
-
-@triton.jit
-def keep(z, cols, V, cut, ties, seen):
-    """z, with -inf where the cut drops it, and how many ids with z == cut there are up to here."""
-    out = tl.where(z < cut, -INF, z)
-    if ties < V:
-        tie = ((z == cut) & (cols < V)).to(tl.int32)
-        rank = seen + tl.cumsum(tie, 0)
-        seen += tl.sum(tie, 0)
-        out = tl.where((tie != 0) & (rank > ties), -INF, out)
-    return out, seen
-
-
-@triton.jit
-def row_peak(row, bias, V, scale, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest z of a row, and 0, or NaN where one of its logits is NaN or +inf."""
-    top = tl.full([BLOCK], -INF, tl.float32)
-    sick = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        z, _ = load_z(row, bias, start + tl.arange(0, BLOCK), V, scale, softcap, SOFTCAP)
-        top = tl.maximum(top, z)
-        sick += tl.where((z != z) | (z == INF), float("nan"), 0.0)
-    return tl.max(top, 0), tl.sum(sick, 0)
-
-
-@triton.jit
-def ordered(z):
-    """int64 keys in the order of the floats; +0 and -0 are one."""
-    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-
-
-@triton.jit
-def float_of(key):
-    bits = key.to(tl.int32)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def above(row, bias, V, scale, softcap, top, cuts, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """For each of WAYS cuts: how many z > cut, and their sum of exp(z - top). The sum is monotone
-    in the cut, bit for bit."""
-    count = tl.zeros([WAYS, BLOCK], tl.int32)
-    mass = tl.zeros([WAYS, BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        z, _ = load_z(row, bias, start + tl.arange(0, BLOCK), V, scale, softcap, SOFTCAP)
-        over = z[None, :] > cuts[:, None]
-        count += over.to(tl.int32)
-        mass += tl.where(over, tl.exp(z - top)[None, :], 0.0)
-    return tl.sum(count, 1), tl.sum(mass, 1)
-
-
-@triton.jit
-def split(least, most):
-    """WAYS keys, ascending and evenly spread over (least, most]; the last is `most`."""
-    return least + (most - least) * (tl.arange(0, WAYS) + 1) // WAYS
-
-
-@triton.jit
-def narrowed(least, most, fits):
-    """The bounds of the first key that fits, from which of `split` do: these are its last ones."""
-    missed = tl.sum((fits == 0).to(tl.int64), 0)
-    span = most - least
-    first = least + tl.where(missed > 0, span * missed // WAYS + 1, 0)
-    return first, least + span * (missed + 1) // WAYS
-
-
-@triton.jit
-def search(
-    row,
-    bias,
-    V,
-    scale,
-    softcap,
-    top,
-    top_k,
-    top_p,
-    min_p,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    MIN_P: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """(cut, ties) of top_k, then top_p, then min_p.
-
-    Each is a search over the bits of the cut. top_k is the least cut with fewer than k above it;
-    top_p, within those, the least with a mass above it of less than top_p of the whole; min_p, the
-    least z with exp(z - top) >= min_p, which takes no pass over the row.
-    """
-    high = ordered(top)
-    cut = tl.full([], -INF, tl.float32)
-    low = ordered(cut)
-    ties = tl.full([], 0, tl.int32) + V
-    same = tl.zeros([WAYS], tl.float32)
-    if TOP_K:
-        least, most = low, high
-        while least < most:
-            cuts = float_of(split(least, most))
-            n, _ = above(row, bias, V, scale, softcap, top, cuts, SOFTCAP, BLOCK)
-            least, most = narrowed(least, most, n < top_k)
-        low = least
-        cut = float_of(least)
-        n, _ = above(row, bias, V, scale, softcap, top, same + cut, SOFTCAP, BLOCK)
-        ties = top_k - tl.max(n, 0)
-    if TOP_P:
-        _, mass = above(row, bias, V, scale, softcap, top, same + cut, SOFTCAP, BLOCK)
-        equal = tl.where(cut == -INF, 0.0, ties * tl.exp(cut - top))
-        bound = top_p * (tl.max(mass, 0) + equal)
-        least, most = low, high
-        while least < most:
-            cuts = float_of(split(least, most))
-            _, mass = above(row, bias, V, scale, softcap, top, cuts, SOFTCAP, BLOCK)
-            least, most = narrowed(least, most, mass < bound)
-        at = float_of(least)
-        _, mass = above(row, bias, V, scale, softcap, top, same + at, SOFTCAP, BLOCK)
-        # the first tie is kept if the mass before it is below the bound, the next if ..
-        fit = tl.ceil((bound - tl.max(mass, 0)) / tl.maximum(tl.exp(at - top), 1e-37))
-        fit = tl.where(fit < V, fit, V * 1.0).to(tl.int32)
-        ties = tl.where(at > cut, fit, tl.minimum(fit, ties))
-        cut = at
-    if MIN_P:
-        least, most = ordered(cut), high
-        while least < most:
-            fits = tl.exp(float_of(split(least, most)) - top) >= min_p
-            least, most = narrowed(least, most, fits)
-        at = float_of(least)
-        ties = tl.where(at > cut, V, ties)  # all that are equal to it
-        cut = at
-    return cut, ties

@@ -14,6 +14,7 @@ import vgkern
 from vgkern import cases
 from vgkern.ops import _compile, _cuda
 from vgkern.ops import linear_sample as sampling
+from vgkern.ops._truncate import Cut
 from vgkern.ops.noise import Noise
 
 pytestmark = pytest.mark.skipif(conftest.INTERPRETED, reason="runs beside Triton's interpreter")
@@ -103,7 +104,7 @@ def test_row_sample_cuts_are_exact_with_ties(v, monkeypatch):
                     (0, 1.0, 0.2), (v, 1e-9, 0.0), (1, 1.0, 1.0)]:  # fmt: skip
         cut = (min(k, v), p, m)
         token, logp, entropy = _cuda.row_sample(
-            logits, None, 11, noise.sequence, noise.position, temperature, 0.0, *cut
+            logits, None, 11, noise.sequence, noise.position, 0.0, Cut(1.0, *cut, temperature)
         )
         head = torch.empty(v, 1)
         want = sampling.linear_sample_ref(
@@ -148,11 +149,11 @@ def test_no_schedule_changes_a_bit(name, monkeypatch):
 
 def test_no_schedule_changes_a_cut(monkeypatch):
     logits = torch.randn(2, 300).mul(2).round()
-    at, t = torch.arange(2), torch.ones(2)
+    at = torch.arange(2)
     seen = []
     for schedule in ("fwd", "rev", "1"):
         monkeypatch.setenv("VG_SCHED", schedule)
-        seen.append(_cuda.row_sample(logits, None, 1, at, at, t, 0.0, 50, 0.8, 0.01))
+        seen.append(_cuda.row_sample(logits, None, 1, at, at, 0.0, Cut(1.0, 50, 0.8, 0.01)))
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
@@ -177,6 +178,7 @@ sys.path.insert(0, {tests!r})
 import oracle
 from vgkern import cases
 from vgkern.ops import _cuda
+from vgkern.ops._truncate import Cut
 for name in {names!r}:
     began = time.monotonic()
     oracle.check(cases.by_name(name), "cuda", torch.float32, "sliced")
@@ -185,7 +187,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):  # odd rows, and bo
     wide = torch.randn(3, 43).round().to(dtype)
     for logits in (wide, wide[:, 1:41].contiguous()):
         v, at = logits.shape[1], torch.arange(3)
-        _cuda.row_sample(logits, None, 1, at, at, torch.ones(3), 2.0, 5, 0.7, 0.1)
+        cut = Cut(1.0, 5, 0.7, 0.1, torch.ones(3), at, torch.full((3,), 0.7), torch.ones(3) / 10)
+        _cuda.row_sample(logits, None, 1, at, at, 2.0, cut)
         stats = _cuda.row_stats(logits, None, at, 1.0, 0.0, -100)
         _cuda.row_grad(logits, None, at, *stats, torch.ones(3), torch.ones(3), torch.randn(3, v),
                        1, at, at, 0.5, False, 1.0, 0.0, -100, torch.empty_like(logits))

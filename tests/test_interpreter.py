@@ -7,6 +7,7 @@ import torch
 
 import vgkern
 from vgkern import cases
+from vgkern.ops._truncate import Cut
 from vgkern.ops.noise import Noise
 
 if not conftest.INTERPRETED:
@@ -194,10 +195,9 @@ def grad(x, y, logp, entropy, lse, c, e, u=None, expected=False, temperature=1.0
     )  # fmt: skip
 
 
-def sample(x, seed=11, temperature=None, top_k=0, top_p=1.0, min_p=0.0):
+def sample(x, seed=11, **cut):
     at = torch.arange(len(x))
-    t = torch.ones(len(x)) if temperature is None else temperature
-    return rows.row_sample(x, None, seed, at, at, t, 0.0, top_k, top_p, min_p)
+    return rows.row_sample(x, None, seed, at, at, 0.0, Cut(**cut))
 
 
 # all three terms at once, and the costate alone; V over several blocks
@@ -291,10 +291,9 @@ def test_rows_do_not_depend_on_the_batch():
             x[i], None, y[i], *stats, c[i], e[i], u[i], *noise, 0.8, False, 0.7, 0.0, -100,
             torch.empty_like(x[i])
         )  # fmt: skip
-        t = torch.ones(len(y[i]))
-        cut = rows.row_sample(x[i], None, *noise, t, 0.0, 50, 0.9, 0.01)
+        cut = rows.row_sample(x[i], None, *noise, 0.0, Cut(1.0, 50, 0.9, 0.01))
         fused = linear_token_logprobs.linear_logprobs_fwd(h[i], w, None, y[i], 1.0, 0.0, -100)
-        return (*stats, dz, *rows.row_sample(x[i], None, *noise, t, 0.0, 0, 1.0, 0.0), *cut, *fused)
+        return (*stats, dz, *rows.row_sample(x[i], None, *noise, 0.0, Cut()), *cut, *fused)
 
     together, again = run(slice(0, 5)), run(slice(0, 5))
     alone = [run(slice(i, i + 1)) for i in range(5)]
@@ -391,7 +390,7 @@ MUTATIONS = {
         _wrapped(lambda f, x, b, seed, *a: f(x, b, seed + 1, *a))),
     "linear_sample: one more than top_k": (
         "linear_sample-top-k", rows, "row_sample",
-        _wrapped(lambda f, *a: f(*a[:7], a[7] + 1, *a[8:]))),
+        _wrapped(lambda f, *a: f(*a[:-1], (a[-1][0], a[-1][1] + 1, *a[-1][2:])))),
 }  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """The counter stream: known answers, and words that depend on nothing but what is sampled."""
 
 import math
+import warnings
 
 import pytest
 import torch
 
 import vgkern
+from vgkern.ops import noise as noise_module
 from vgkern.ops.noise import philox
 
 # Random123 1.14, kat_vectors, philox4x32-10: counter, key, result
@@ -108,6 +110,7 @@ def test_gumbel_moments():
         (0, -3, 0, ValueError, ("noise.sequence", "-3", "0 <= sequence")),
         (0, 0, 2**32, ValueError, ("noise.position", "4294967296", "2**32")),
         (0, 0.5, 0, TypeError, ("noise.sequence", "int64")),
+        (0, 0, 0.5, TypeError, ("noise.position", "int64")),
     ],
 )
 def test_bad_address(seed, sequence, position, error, words):
@@ -120,3 +123,53 @@ def test_the_signed_seed_has_the_same_bits():
     for seed in (0, 1, 2**63 - 1, 2**63, 2**64 - 1):
         signed = vgkern.Noise(seed, torch.tensor(0), torch.tensor(0)).signed_seed
         assert torch.tensor(signed).dtype == torch.int64 and signed % 2**64 == seed
+
+
+def test_a_position_may_be_an_int():
+    s = torch.arange(3)
+    got = vgkern.Noise(1, s, 7)
+    assert got.position.shape == () and got.position.dtype == torch.int64
+    assert torch.equal(got.words(9), vgkern.Noise(1, s, torch.full((3,), 7)).words(9))
+    for bad, error in ((-1, ValueError), (2**32, ValueError), (True, TypeError), (1.0, TypeError)):
+        with pytest.raises(error, match=r"noise\.position"):
+            vgkern.Noise(0, s, bad)
+
+
+def test_a_position_is_read_at_each_call():
+    """A 0-d tensor that the caller counts up in place, as a captured decode step does."""
+    at = torch.tensor(0)
+    n = vgkern.Noise(1, torch.arange(3), at)
+    h, w = torch.ones(3, 2), torch.zeros(1000, 2)
+    first = vgkern.linear_sample(h, w, n, backend="torch").token
+    at += 1
+    second = vgkern.linear_sample(h, w, n, backend="torch").token
+    assert not torch.equal(first, second)
+    fixed = vgkern.linear_sample(h, w, vgkern.Noise(1, torch.arange(3), 1), backend="torch").token
+    assert torch.equal(second, fixed)
+
+
+def test_a_number_on_the_host_becomes_a_fill_on_the_device():
+    """No copy from pageable memory, which a CUDA graph cannot hold."""
+    device = torch.device("meta")
+    s, p = vgkern.Noise(1, torch.arange(4, device=device), 5).rows(torch.Size([4]), device)
+    assert s.device == p.device == device and p.shape == (4,) and p.dtype == torch.int64
+
+
+def test_the_same_address_twice_is_said_once(monkeypatch):
+    monkeypatch.setattr(noise_module, "_said", set())
+    h, w = torch.ones(4, 2), torch.zeros(1000, 2)
+
+    def draw(s, p):
+        return vgkern.linear_sample(h, w, vgkern.Noise(1, torch.tensor(s), p), backend="torch")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw([0, 1, 2, 3], 0)
+        draw([3, 2, 0, 1], 0)
+        draw([5, 5, 2, 2], torch.tensor([0, 1, 0, 1]))
+    with pytest.warns(UserWarning, match=r"rows 1 and 3 .*sequence 7, position 2.*1 of 4"):
+        token = draw([3, 7, 0, 7], 2).token
+    assert token[1] == token[3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw([3, 7, 0, 7], 2)

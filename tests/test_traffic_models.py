@@ -26,6 +26,7 @@ from vgkern.kernels import tile
 BF16, F16, F32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.int64
 N, H, V = 37, 48, 1035  # V is in several blocks of 512, and the last is not full
 WITHIN = 0.02
+SEARCHES = ("_row_cut_kernel",)  # how often it reads its list depends on the data
 TILES = ("_linear_stats_kernel", "_linear_grad_kernel")
 
 
@@ -215,6 +216,10 @@ def test_the_model_is_what_the_kernel_touches(kernel, seen):
     assert seen[kernel], "no call here launches it: give it one"
     for x in seen[kernel]:
         m = x.model
+        if kernel in SEARCHES:  # the walks over the row are what is modelled
+            assert m.read * (1 - WITHIN) <= x.loaded <= (m.read + m.again) * (1 + WITHIN), x
+            assert m.written <= x.stored <= (m.written + m.rewritten) * (1 + WITHIN), x
+            continue
         assert m.read + m.again == pytest.approx(x.loaded, rel=WITHIN), x
         assert m.written + m.rewritten == pytest.approx(x.stored, rel=WITHIN), x
         assert m.flops == pytest.approx(x.flops, rel=WITHIN), x

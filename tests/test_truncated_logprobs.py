@@ -41,8 +41,10 @@ def noise(n=N):
 def test_the_score_of_a_sample_is_its_logp_to_the_bit(backend, cut, temperature):
     x = model(bias="blocked", softcap=8.0)
     x.pop("targets")
-    if temperature == "rows" or not cut:  # one temperature and no cut: the op without truncation
-        temperature = per_row() if temperature == "rows" else torch.full((N,), temperature)
+    if temperature == "rows":
+        temperature = per_row()
+    elif temperature and not cut:  # the op without truncation, which has sums of its own
+        temperature = torch.full((N,), temperature)
     options = {**x, **cut, "temperature": temperature, "backend": backend}
     out = vgkern.linear_sample(noise=noise(), **options)
     again = vgkern.linear_token_logprobs(targets=out.token, **options)
@@ -112,6 +114,101 @@ def test_the_cut_keeps_what_a_full_sort_keeps(backend):
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
 
 
+# of each kind one that cuts nothing, beside cuts of every size
+PER_ROW = {
+    "top_k": torch.tensor([5, 0, 40, 2000, 1, 300]),
+    "top_p": torch.tensor([0.9, 0.3, 1.0, 0.9999, 0.5, 1.0]),
+    "min_p": torch.tensor([0.02, 0.0, 0.3, 0.0, 0.5, 1e-4]),
+    "temperature": torch.tensor([1.0, 0.5, 0.7, 1.5, 0.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("names", [
+    ("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p"), tuple(PER_ROW)
+], ids="-".join)  # fmt: skip
+def test_options_of_each_row(names, backend):
+    """A row with options of its own is the row of a call with its numbers, bit for bit, in sampler
+    and scorer; and within rounding what the usual recipe gives in fp64."""
+    n = len(PER_ROW["top_k"])
+    x = model(n=n, bias="blocked")
+    given = {k: PER_ROW[k] for k in names}
+    y, h, w = x.pop("targets"), x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+    z = (h.double() @ w.double().T + x["bias"].double()).detach()
+    y[::2] = z.argmax(-1)[::2]  # kept, whatever is cut
+    drawn = vgkern.linear_sample(**x, **given, noise=noise(n), backend=backend)
+    out = vgkern.linear_token_logprobs(**x, targets=y, **given, backend=backend)
+    again = vgkern.linear_token_logprobs(**x, targets=drawn.token, **given, backend=backend)
+    assert torch.equal(again.logp, drawn.logp) and torch.equal(again.entropy, drawn.entropy)
+    up = torch.arange(1.0, n + 1)
+    (dh,) = torch.autograd.grad((out.logp.clamp(min=-1e4) * up + out.entropy).sum(), h)
+    for i in range(n):
+        one = {k: float(v[i]) for k, v in given.items()}
+        k = int(one.pop("top_k", 0))
+        numbers = {"top_k": k or None, **one, "backend": backend}
+        row = {**x, "hidden": x["hidden"][i : i + 1]}
+        at = vgkern.Noise(3, torch.tensor([i]), torch.tensor(5))
+        alone = vgkern.linear_sample(**row, noise=at, **numbers)
+        assert torch.equal(alone.token, drawn.token[i : i + 1]), i
+        assert_row(
+            backend, (alone.logp, alone.entropy), (drawn.logp[i : i + 1], drawn.entropy[i : i + 1])
+        )
+        scored = vgkern.linear_token_logprobs(**row, targets=y[i : i + 1], **numbers)
+        if one.get("temperature") or k or "min_p" in one or "top_p" in one:
+            assert_row(backend, scored, (out.logp[i : i + 1], out.entropy[i : i + 1]))
+        total = scored.logp.clamp(min=-1e4).sum() * up[i] + scored.entropy.sum()
+        (da,) = torch.autograd.grad(total, row["hidden"])
+        torch.testing.assert_close(da[0], dh[i], rtol=1e-4, atol=1e-5)
+        t = one.get("temperature", 1.0)
+        keep = kept(z[i] / (t or 1), k or None, one.get("top_p"), one.get("min_p"))
+        keep = keep if t else keep[:1]
+        lp = (z[i] / (t or 1)).masked_fill(~torch.isin(torch.arange(1035), keep), -torch.inf)
+        lp = lp.log_softmax(-1)
+        torch.testing.assert_close(out.logp[i].double(), lp[y[i]], rtol=1e-5, atol=1e-5)
+        entropy = -(lp.exp() * lp.clamp(min=-1e300)).sum()
+        torch.testing.assert_close(out.entropy[i].double(), entropy, rtol=1e-5, atol=1e-5)
+        assert int(drawn.token[i]) in keep.tolist()
+
+
+def assert_row(backend, got, want):
+    """The bits, but where a product of one row is not that of many: a vendor's on a CPU."""
+    exact = {} if backend == "torch" else {"rtol": 0, "atol": 2e-6}
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **exact)
+
+
+def test_values_of_rows_are_looked_at():
+    x = model(n=3)
+    for name, rows, said in (
+        ("top_k", [1, -2, 3], "-2 at \\[1\\]; allowed: integers >= 0"),
+        ("top_p", [0.5, 0.9, 0.0], "0.0 at \\[2\\]"),
+        ("top_p", [0.5, 0.9, float("nan")], "nan at \\[2\\]"),
+        ("min_p", [1.5, 0.9, 0.0], "1.5 at \\[0\\]"),
+        ("temperature", [1.0, -1.0, 0.0], "-1.0 at \\[1\\]"),
+        ("top_k", [1, 2], "a number or \\[3\\]"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: got .*{said}"):
+            vgkern.linear_token_logprobs(**x, **{name: torch.tensor(rows)}, backend="torch")
+    with pytest.raises(TypeError, match=r"top_k: got float32 .*int64"):
+        vgkern.linear_token_logprobs(**x, top_k=torch.ones(3), backend="torch")
+
+
+@pytest.mark.parametrize("name", ["top_ps", "min_ps", "temperatures"])
+def test_values_that_nobody_looked_at_make_their_row_nan(backend, name):
+    """As on a GPU: never a number of another distribution."""
+    if backend == "torch":
+        pytest.skip("no operators")
+    x = model(n=3)
+    head = (x["hidden"], x["weight"], None)
+    rows = torch.tensor([0.5, -0.5, 1.0])
+    cut = _truncate.Cut(top_k=20)._replace(**{name: rows})
+    ops = operators(backend)
+    logp, entropy = ops.linear_truncated_logprobs_fwd(*head, x["targets"], 0.0, -100, *cut)
+    assert logp[1].isnan() and entropy[1].isnan() and not logp[::2].isnan().any()
+    at = torch.arange(3)
+    out = ops.linear_sample_fwd(*head, 3, at, at, 0.0, *cut)
+    assert out[1][1].isnan() and out[1][::2].isfinite().all()
+
+
 def test_rows_without_gradient(backend):
     """Outside the kept set, greedy, ignored: nothing, even beside an upstream gradient."""
     x = model(n=8)
@@ -131,6 +228,34 @@ def test_rows_without_gradient(backend):
     for i in range(4, 8):
         outside[kept(z[i].detach(), top_k=20)] = False
     assert len(live) == 20 and (dw[outside] == 0).all() and (dw[~outside] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_greedy_means_the_same_as_a_number_and_as_a_tensor(backend, zero, cut):
+    """logp 0 at the argmax and -inf elsewhere, entropy 0, gradients 0; a number, and per row."""
+    x = model(n=6)
+    z = x["hidden"] @ x["weight"].T
+    x["targets"] = torch.cat([z[:3].argmax(-1), z[3:].argmin(-1)])
+    seen = []
+    for t in (zero, torch.zeros(6)):
+        h, w = (x[k].clone().requires_grad_() for k in ("hidden", "weight"))
+        out = vgkern.linear_token_logprobs(
+            h, w, x["targets"], temperature=t, **cut, backend=backend
+        )
+        grads = torch.autograd.grad(out.logp[:3].sum() + out.entropy.sum(), (h, w))
+        seen.append((*out, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    logp, entropy, *grads = seen[0]
+    assert logp.tolist() == [0.0] * 3 + [-torch.inf] * 3 and (entropy == 0).all()
+    assert not any(g.any() for g in grads)
+
+
+def test_greedy_is_refused_where_it_cannot_be():
+    x = model(n=3)
+    costate = vgkern.Costate(torch.ones(3, 32), x["weight"], relaxation="expected")
+    with pytest.raises(NotImplementedError, match=r"costate: not with temperature 0 \(greedy\)"):
+        vgkern.linear_token_logprobs(**x, temperature=0.0, costate=costate)
 
 
 def test_gradcheck_with_the_kept_set_fixed():
@@ -208,9 +333,6 @@ def test_bad_options(name, backend):
     for value in BAD[name]:
         with pytest.raises(ValueError, match=name):
             vgkern.linear_token_logprobs(**x, **{name: value}, backend=backend)
-    if name == "temperature":
-        with pytest.raises(ValueError, match="> 0"):  # greedy needs a truncated distribution
-            vgkern.linear_token_logprobs(**x, temperature=0, backend=backend)
 
 
 def test_second_derivative_raises_on_native(backend):
@@ -238,7 +360,7 @@ def test_ids_below_the_public_functions(target, backend):
     others = [0, 1, 3, 4]
     up = torch.tensor([1.0, -2.0, 3.0, 0.5, 1.5])
     scalars = (1.0, 0.0, -100)
-    cut = (0.0, -100, 20, 1.0, 0.0)
+    cut = (0.0, -100, *_truncate.Cut(top_k=20))
     for fwd, bwd, first in (
         (ops.linear_logprobs_fwd, ops.linear_logprobs_bwd, (h, w, None, y)),
         (ops.token_logprobs_fwd, ops.token_logprobs_bwd, (z, y)),
@@ -257,10 +379,9 @@ def test_ids_below_the_public_functions(target, backend):
             torch.testing.assert_close(grad[2], dz @ w if needs else dz, rtol=1e-4, atol=1e-5)
         else:
             assert out[0][2].isnan() and (grad[2] == 0).all()
-    t = torch.ones(5)
-    logp, _ = ops.linear_truncated_logprobs_fwd(h, w, None, y, t, *cut)
+    logp, _ = ops.linear_truncated_logprobs_fwd(h, w, None, y, *cut)
     needs = [True, False, False]
-    grad = ops.linear_truncated_logprobs_bwd(h, w, None, y, up, up, t, *cut, needs)[0]
+    grad = ops.linear_truncated_logprobs_bwd(h, w, None, y, up, up, *cut, needs)[0]
     assert logp[2].isnan() and (grad[2] == 0).all() and not logp[others].isnan().any()
 
 
@@ -272,13 +393,15 @@ def test_operators_are_well_formed():
     h, w = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
     head = (h.detach(), w.detach(), None, x["targets"])
     ops, up = torch.ops.vgkern, torch.ones(5)
-    cut = (0.0, -100, 7, 0.9, 0.0)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.linear_truncated_logprobs_fwd, (*head, up, *cut), test_utils=tests)
-    torch.library.opcheck(
-        ops.linear_truncated_logprobs_bwd, (*head, up, up, up, *cut, [True] * 2 + [False]),
-        test_utils=tests
-    )  # fmt: skip
+    every = _truncate.Cut(1.0, 0, 1.0, 0.0, up, torch.arange(5), up, 0 * up)
+    for options in _truncate.Cut(0.7, 7, 0.9), every:
+        cut = (0.0, -100, *options)
+        torch.library.opcheck(ops.linear_truncated_logprobs_fwd, (*head, *cut), test_utils=tests)
+        torch.library.opcheck(
+            ops.linear_truncated_logprobs_bwd, (*head, up, up, *cut, [True] * 2 + [False]),
+            test_utils=tests
+        )  # fmt: skip
     out = ops.linear_logprobs_fwd(*head, 1.0, 0.0, -100)
     for flag in (), (True,):
         args = (*head, *out, up, up, 1.0, 0.0, -100, [True, True, False], *flag)

@@ -168,8 +168,11 @@ def check_errors(backend, group):
     x, _, _ = case_inputs.head((3,), 4, 33, F32, 0)
     mine, _ = shard(x, world, rank)
     options = {"group": group, "backend": backend}
-    for bad in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": torch.ones(3)}):
-        with pytest.raises(NotImplementedError, match=next(iter(bad))):
+    for bad in (
+        {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": torch.ones(3)},
+        {"temperature": 0.0},
+    ):  # fmt: skip
+        with pytest.raises(NotImplementedError, match=f"{next(iter(bad))}: .*group=None"):
             vgkern.linear_token_logprobs(**{**mine, **bad}, **options)
     with pytest.raises(ValueError, match=r"targets: got id 33 at \[1\].*id < 33"):
         vgkern.linear_token_logprobs(

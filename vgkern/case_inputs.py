@@ -202,3 +202,19 @@ def costates(
         ids = torch.arange(math.prod(shape)).reshape(shape) + 2**33
         noise = Noise(2**64 - 1 - seed, ids, torch.tensor(seed))
     return Costate(value.to(head.dtype), table, noise, relaxation, tau, weight)
+
+
+# In bits that fp32 has; of each option one that cuts nothing
+ROWS: dict[str, list[float]] = {
+    "temperature": [1.0, 0.0, 0.5, 1.75],
+    "top_k": [20, 3, 0, 400, 5000],
+    "top_p": [0.875, 1.0, 0.5],
+    "min_p": [0.0, 0.0625, 0.25, 0.0009765625, 0.0, 0.0, 0.125],
+}
+
+
+def of_rows(option: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A value of an option for each row."""
+    n = math.prod(shape)
+    value = torch.tensor(ROWS[option], dtype=torch.int64 if option == "top_k" else torch.float32)
+    return value.repeat(n)[:n].reshape(shape)

@@ -25,7 +25,8 @@ def eager_linear_token_logprobs(
         term = carried(costate, keep, hidden, weight, bias, **options)
         return {**out, "logp": Beside.apply(out["logp"], term)}
     logits, t = F.linear(hidden, weight, bias), options.get("temperature")
-    if top_k is None and top_p is None and min_p is None and not isinstance(t, torch.Tensor):
+    cut = (top_k, top_p, min_p)
+    if all(x is None for x in cut) and not isinstance(t, torch.Tensor):
         return eager_token_logprobs(logits, targets, **options)
     return eager_truncated(logits, targets, (top_k, top_p, min_p), **options)
 
@@ -36,12 +37,14 @@ def eager_truncated(logits, targets, cut, temperature=1.0, softcap=None, ignore_
     z = z.masked_fill(logits == -torch.inf, -torch.inf).reshape(-1, logits.shape[-1])
     t = torch.as_tensor(temperature, dtype=z.dtype).expand(targets.shape).reshape(-1)
     logp, entropy = [], []
-    for row, temp, y in zip(z, t, targets.reshape(-1), strict=True):
+    for i, (row, temp, y) in enumerate(zip(z, t, targets.reshape(-1), strict=True)):
         if y == ignore_index:
             logp.append(0 * row.sum().nan_to_num(0, 0, 0)), entropy.append(logp[-1])
             continue
         row = row / (temp if temp else 1)
-        keep = torch.isin(torch.arange(len(row)), kept(row, *(cut if temp else (1, None, None))))
+        keep = torch.isin(
+            torch.arange(len(row)), kept(row, *(at(cut, i) if temp else (1, None, None)))
+        )
         lp = row.masked_fill(~keep, -torch.inf).log_softmax(-1)
         h = -(lp.exp() * lp.masked_fill(lp == -torch.inf, 0)).sum()
         dead = lp[y] == -torch.inf
@@ -50,6 +53,12 @@ def eager_truncated(logits, targets, cut, temperature=1.0, softcap=None, ignore_
     out = {"logp": logp, "entropy": entropy}
     return {k: torch.stack(v).view(targets.shape) if v else 0 * z.sum() + z.new_zeros(targets.shape)
             for k, v in out.items()}  # fmt: skip
+
+
+def at(cut, i):
+    """The cuts of row i."""
+    k, p, m = (x.reshape(-1)[i].item() if isinstance(x, torch.Tensor) else x for x in cut)
+    return k or None, p, m
 
 
 def kept(row, top_k=None, top_p=None, min_p=None):

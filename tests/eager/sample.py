@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from eager.logprobs import at
 from mutation import reference
 
 import vgkern
@@ -20,7 +21,9 @@ def eager_linear_sample(
     u = ((words + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     gumbel = -torch.log(-torch.log1p(-u))
     token, logp, entropy, gap = [], [], [], []
-    for row, temp, g in zip(z, t, gumbel, strict=True):
+    cut = (top_k, top_p, min_p)
+    for i, (row, temp, g) in enumerate(zip(z, t, gumbel, strict=True)):
+        top_k, top_p, min_p = at(cut, i)
         if temp == 0:
             order = row.argsort(descending=True, stable=True)
             keep = order[:1]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vgkern.case_inputs import Inputs, costates, head
+from vgkern.case_inputs import Inputs, costates, head, of_rows
 from vgkern.cases._case import Case, costate_flops, head_bytes, nhv, size
 
 
@@ -35,20 +35,16 @@ def linear_token_logprobs(name: str, shape: tuple[int, ...], h: int, v: int, **k
     ignore = kw.pop("ignore", False)
     carried = kw.pop("costate", None)  # options of case_inputs.costates
     cut: Inputs = {k: kw.pop(k) for k in ("top_k", "top_p", "min_p") if k in kw}
-    per_row = kw.get("temperature") == "per row"
-    if per_row:
-        del kw["temperature"]
+    if kw.get("temperature") == "per row":
+        cut["temperature"] = kw.pop("temperature")
 
     def make(dtype: torch.dtype, seed: int) -> Inputs:
         x, _, _ = head(shape, h, v, dtype, seed, **kw)
         if ignore:
             x["targets"].reshape(-1)[:: 1 if ignore == "all" else 3] = -100
-        if per_row:
-            n = math.prod(shape)
-            x["temperature"] = torch.tensor([1.0, 0.0, 0.5, 1.75]).repeat(n)[:n].reshape(shape)
         if carried is not None:
             x["costate"] = costates(x, seed, **carried)
-        return {**x, **cut}
+        return {**x, **{k: of_rows(k, shape) if c == "per row" else c for k, c in cut.items()}}
 
     return Case(
         name,
@@ -94,6 +90,8 @@ CASES: tuple[Case, ...] = (
                           bias="blocked", ignore=True),
     linear_token_logprobs("per-row-cuts", (6,), 64, 1000, top_k=60, top_p=0.9,
                           temperature="per row", ignore=True),
+    linear_token_logprobs("cuts-of-each-row", (2, 4), 64, 1000, top_k="per row", top_p="per row",
+                          min_p="per row", temperature="per row", bias="blocked", ignore=True),
     linear_token_logprobs("peaked-top-p", (4,), 64, 1000, peaked=True, top_p=0.9999),
     linear_token_logprobs("zero-rows-cut", (0,), 7, 33, top_k=3),
     linear_token_logprobs("costate-h7-v31-3d", (3, 5), 7, 31, bias="plain", costate={"he": 5}),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vgkern.case_inputs import Inputs, head
+from vgkern.case_inputs import Inputs, head, of_rows
 from vgkern.cases._case import Case, nhv, size
 from vgkern.ops.noise import Noise
 
@@ -17,11 +17,7 @@ def linear_sample(name: str, shape: tuple[int, ...], h: int, v: int, **kw: Any) 
         x, _, _ = head(shape, h, v, dtype, seed, **kw)
         del x["targets"]
         x["noise"] = Noise(seed, torch.arange(math.prod(shape)).reshape(shape), torch.tensor(seed))
-        if cut.get("temperature") == "per row":
-            n = math.prod(shape)
-            x["temperature"] = torch.tensor([1.0, 0.0, 0.5, 1.75]).repeat(n)[:n].reshape(shape)
-            return {**x, **{k: c for k, c in cut.items() if k != "temperature"}}
-        return {**x, **cut}
+        return {**x, **{k: of_rows(k, shape) if c == "per row" else c for k, c in cut.items()}}
 
     return Case(
         name,
@@ -46,6 +42,8 @@ CASES: tuple[Case, ...] = (
     linear_sample("min-p", (16,), 64, 1000, min_p=0.05),
     linear_sample("all-cuts", (16,), 64, 1035, top_k=50, top_p=0.9, min_p=0.02, temperature=0.875),
     linear_sample("per-row-cuts", (16,), 64, 1000, top_k=20, top_p=0.9, temperature="per row"),
+    linear_sample("cuts-of-each-row", (16,), 64, 1000, top_k="per row", top_p="per row",
+                  min_p="per row", temperature="per row"),
     linear_sample("zero-rows", (0,), 7, 33),
 )  # fmt: skip
 

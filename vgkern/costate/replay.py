@@ -11,6 +11,8 @@ log-prob from the sampler. Noise that is not the tokens' own agrees by `chance`,
 fresh draw repeats. Formula: ours.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,9 @@ def replay_agreement(
     bias: Tensor | None = None,  # [V]
     temperature: float | Tensor = 1.0,  # one, or one per row [...]; 0: greedy, without noise
     softcap: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    top_k: int | Tensor | None = None,  # one, or one per row [...], as the next two
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
     mask: Tensor | None = None,  # [...] bool or 0/1, False: not looked at
     limit: int | None = None,
     check: bool = False,
@@ -68,9 +70,15 @@ def replay_agreement(
     if not len(rows):
         return torch.full((), torch.nan, device=hidden.device)
     own = Noise(noise.seed, *(x[rows] for x in noise.rows(shape, hidden.device)))
-    if isinstance(temperature, Tensor):
-        t = _check.rows_like("temperature", temperature, shape, f"a number or {list(shape)}")
-        temperature = t.reshape(-1)[rows]
+
+    def looked_at(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return _check.rows_like(name, x, shape, f"a number or {list(shape)}").reshape(-1)[rows]
+
+    temperature = looked_at("temperature", temperature)
+    top_k, top_p = looked_at("top_k", top_k), looked_at("top_p", top_p)
+    min_p = looked_at("min_p", min_p)
     if check and bool((torch.as_tensor(temperature) == 0).any()):
         got = "0" if isinstance(temperature, Tensor) else temperature
         raise _check.fail("temperature", got, "> 0 with check: any noise chooses greedy tokens")

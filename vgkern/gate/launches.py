@@ -15,6 +15,7 @@ from torch import Tensor
 from vgkern import objectives
 from vgkern.gate.coverage import KERNELS
 from vgkern.gate.record import Launch
+from vgkern.ops._truncate import Cut
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHORT = {BF16: "bf16", F16: "fp16", F32: "fp32"}
@@ -173,15 +174,15 @@ def _linear() -> Iterator[Launch]:
 
 
 def _truncated() -> Iterator[Launch]:
-    def case(head: Head, bias: bool, softcap: float, cut: tuple[int, float, float]) -> list[Launch]:
+    def case(head: Head, bias: bool, softcap: float, cut: Callable[[int], Cut]) -> list[Launch]:
         n = head.rows
 
         def fwd() -> tuple[Any, ...]:
-            return *head.tensors(bias), ids(n), f32(n), softcap, IGNORE, *cut
+            return *head.tensors(bias), ids(n), softcap, IGNORE, *cut(n)
 
         def bwd() -> tuple[Any, ...]:
-            stats = (f32(n), f32(n), f32(n))
-            return *head.tensors(bias), ids(n), *stats, softcap, IGNORE, *cut, [True, True, bias]
+            given = (*head.tensors(bias), ids(n), f32(n), f32(n), softcap, IGNORE, *cut(n))
+            return *given, [True, True, bias]
 
         label = f"{head}{' bias softcap' if bias else ''}"
         return [
@@ -189,23 +190,30 @@ def _truncated() -> Iterator[Launch]:
             _launch("linear_truncated_logprobs_bwd", label, bwd),
         ]
 
-    yield from case(LLAMA, False, 0.0, (50, 0.95, 0.05))
-    yield from case(ODD, True, 30.0, (0, 0.95, 0.0))
+    yield from case(LLAMA, False, 0.0, lambda n: Cut(1.0, 50, 0.95, 0.05, f32(n)))
+    yield from case(ODD, True, 30.0, lambda n: Cut(1.0, 0, 0.95))
 
 
 def _sample() -> Iterator[Launch]:
     def case(
-        label: str, head: Head, rows: int, bias: bool, softcap: float, cut: tuple[int, float, float]
+        label: str, head: Head, rows: int, bias: bool, softcap: float, cut: Callable[[int], Cut]
     ) -> Launch:
         def arguments() -> tuple[Any, ...]:
             rolled = head._replace(rows=rows)
-            return *rolled.tensors(bias), *noise(rows), f32(rows), softcap, *cut
+            return *rolled.tensors(bias), *noise(rows), softcap, *cut(rows)
 
         return _launch("linear_sample_fwd", f"{head} B{rows} {label}", arguments)
 
-    yield case("", LLAMA, 256, False, 0.0, (0, 1.0, 0.0))
-    yield case("top_k top_p min_p", LLAMA, 256, False, 0.0, (50, 0.95, 0.05))
-    yield case("bias softcap", ODD, 1, True, 30.0, (0, 1.0, 0.0))
+    def every(n: int) -> Cut:
+        return Cut(1.0, 0, 1.0, 0.0, f32(n), ids(n), f32(n), f32(n))
+
+    yield case("", LLAMA, 256, False, 0.0, lambda n: Cut())
+    yield case("top_k top_p min_p", LLAMA, 256, False, 0.0, lambda n: Cut(1.0, 50, 0.95, 0.05))
+    yield case("top_p", SMOL, 64, False, 0.0, lambda n: Cut(1.0, 0, 0.95))
+    yield case("min_p", SMOL, 64, False, 0.0, lambda n: Cut(1.0, 0, 1.0, 0.05))
+    yield case("of each row", LLAMA, 64, False, 0.0, every)
+    yield case("bias softcap", ODD, 1, True, 30.0, lambda n: Cut())
+    yield case("of each row bias softcap", ODD, 1, True, 30.0, every)
 
 
 def _policy() -> Iterator[Launch]:

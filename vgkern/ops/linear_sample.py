@@ -19,9 +19,9 @@ from torch import Tensor
 from vgkern.ops import _cause, _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, operators
-from vgkern.ops._truncate import cuts, temperatures, truncated_ref
+from vgkern.ops._truncate import SCHEMA, cut_of, truncated_ref
 from vgkern.ops.linear_token_logprobs import linear_inputs, linear_logits_ref
-from vgkern.ops.noise import Noise
+from vgkern.ops.noise import Noise, warn_of_twins
 from vgkern.ops.token_logprobs import token_logprobs_ref
 
 
@@ -40,9 +40,9 @@ def linear_sample_ref(
     noise: Noise,  # rows [N]
     temperature: Tensor,  # [N]
     softcap: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    top_k: int | Tensor = 0,  # one, or one per row [N], as the next two
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
 ) -> Sample:
     logits = linear_logits_ref(hidden, weight, bias)
     z = truncated_ref(logits, temperature, softcap, top_k, top_p, min_p)
@@ -60,34 +60,33 @@ def linear_sample(
     bias: Tensor | None = None,  # [V]
     temperature: float | Tensor = 1.0,  # one, or one per row [...]; 0: greedy
     softcap: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    top_k: int | Tensor | None = None,  # one, or one per row [...] int64; 0 there: no limit
+    top_p: float | Tensor | None = None,  # one, or one per row [...], as min_p
+    min_p: float | Tensor | None = None,
     backend: str | None = None,
 ) -> Sample:
     """Samples one token per row, replayable from `noise`; no gradient. Formula: module docstring.
 
     Raises ValueError / TypeError naming the argument for wrong shapes, dtypes, devices or bounds
     (top_k >= 1, 0 < top_p <= 1, 0 <= min_p <= 1, temperature >= 0), NonFiniteError for NaN logits.
+    On a GPU no value is looked at, and nothing waits: a call can be captured in a CUDA graph. There
+    a value out of bounds makes its row NaN.
     """
     device, h2, hw = linear_inputs(hidden.detach(), weight.detach(), bias)
     shape = hidden.shape[:-1]
     if not isinstance(noise, Noise):
         raise TypeError(f"noise: got {_check.describe(noise)}; allowed: vgkern.Noise")
     rows = noise.rows(shape, device)
-    t = temperatures(temperature, shape, device)
-    cut = cuts(top_k, top_p, min_p, weight.shape[0])
-    chosen = choose(backend, device, hidden.dtype)
+    warn_of_twins(*rows)
+    cut = cut_of(temperature, top_k, top_p, min_p, weight.shape[0], shape, device)
+    cap, chosen = _check.softcap(softcap), choose(backend, device, hidden.dtype)
     if chosen == "torch":
-        flat = Noise(noise.seed, *rows)
-        out = linear_sample_ref(h2, hw, bias, flat, t, _check.softcap(softcap), *cut)
+        t, limits = cut.of_rows(torch.Size([h2.shape[0]]), device)
+        out = linear_sample_ref(h2, hw, bias, Noise(noise.seed, *rows), t, cap, *limits)
     else:
-        out = Sample(
-            *operators(chosen).linear_sample_fwd(
-                h2, hw, bias, noise.signed_seed, *rows, t, _check.softcap(softcap), *cut
-            )
-        )
-    _cause.no_nan(out.logp, hidden, weight, bias, temperature)
+        given = (h2, hw, bias, noise.signed_seed, *rows, cap, *cut)
+        out = Sample(*operators(chosen).linear_sample_fwd(*given))
+    _cause.no_nan(out.logp, hidden, weight, bias, _check.number(temperature))
     return Sample(*(x.reshape(shape) for x in out))
 
 
@@ -98,8 +97,7 @@ def _fake(hidden, weight, bias, seed, sequence, *rest):  # type: ignore[no-untyp
 
 define(
     "linear_sample_fwd(Tensor hidden, Tensor weight, Tensor? bias, int seed, Tensor sequence, "
-    "Tensor position, Tensor temperature, float softcap, int top_k, float top_p, float min_p) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"Tensor position, float softcap, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _fake,
     kernels="linear_sample",
 )

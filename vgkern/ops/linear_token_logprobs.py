@@ -26,7 +26,7 @@ from vgkern.ops import _cause, _check
 from vgkern.ops._backend import choose
 from vgkern.ops._library import define, once, operators
 from vgkern.ops._linear import grads_like, linear_inputs, linear_logits_ref
-from vgkern.ops._truncate import CUTS, cuts, temperatures, truncated_ref
+from vgkern.ops._truncate import CUTS, SCHEMA, cut_of, truncated_ref
 from vgkern.ops.costate import (
     COSTATE,
     Carried,
@@ -48,7 +48,7 @@ def linear_token_logprobs_ref(
     temperature: float | Tensor = 1.0,  # a tensor [...] brings the cuts with it
     softcap: float = 0.0,
     ignore_index: int = -100,
-    cut: tuple[int, float, float] = (0, 1.0, 0.0),  # top_k, top_p, min_p
+    cut: tuple = (0, 1.0, 0.0),  # top_k, top_p, min_p: numbers, or [...]
 ) -> TokenLogprobs:
     live = hidden.where((targets != ignore_index)[..., None], 0)  # an ignored row may hold NaN
     logits = linear_logits_ref(live, weight, bias)
@@ -110,29 +110,30 @@ class LinearTruncatedLogprobsFunction(torch.autograd.Function):
         weight: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [N] int64
-        temperature: Tensor,  # [N] fp32
-        scalars: tuple,
+        scalars: tuple,  # softcap, ignore_index, and the numbers of a Cut
+        *per_row: Tensor | None,  # its tensors
     ) -> tuple:
         return operators(backend).linear_truncated_logprobs_fwd(
-            hidden, weight, bias, targets, temperature, *scalars
+            hidden, weight, bias, targets, *scalars, *per_row
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        backend, *tensors, ctx.scalars = inputs
-        ctx.save_for_backward(*tensors)
+        backend, *head = inputs[:5]
+        ctx.scalars, *per_row = inputs[5:]
+        ctx.save_for_backward(*head, *per_row)
         ctx.ops = operators(backend)
 
     @staticmethod
     @once
     def backward(ctx: Any, dlogp: Tensor, dentropy: Tensor) -> tuple:
         needs = list(ctx.needs_input_grad[1:4])
-        *head, temperature = ctx.saved_tensors
+        head, per_row = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         grads = ctx.ops.linear_truncated_logprobs_bwd(
-            *head, dlogp.contiguous(), dentropy.contiguous(), temperature, *ctx.scalars, needs
+            *head, dlogp.contiguous(), dentropy.contiguous(), *ctx.scalars, *per_row, needs
         )
         grads = (g if n else None for g, n in zip(grads, needs, strict=True))
-        return (None, *grads, None, None, None)
+        return (None, *grads, *(None,) * (2 + len(per_row)))
 
 
 def linear_token_logprobs(
@@ -144,9 +145,9 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,  # one, or one per row [...]; 0: greedy
     softcap: float | None = None,
     ignore_index: int = -100,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    top_k: int | Tensor | None = None,  # one, or one per row [...] int64; 0 there: no limit
+    top_p: float | Tensor | None = None,  # one, or one per row [...], as min_p
+    min_p: float | Tensor | None = None,
     costate: Costate | None = None,  # value [..., He]
     group: Any = None,  # vocab-parallel
     backend: str | None = None,
@@ -154,11 +155,14 @@ def linear_token_logprobs(
     """The core drop-in: log-probability of each target and entropy, both differentiable.
 
     Gradients flow to hidden, weight and bias, in their dtypes. Formula: module docstring.
-    With a temperature per row, top_k, top_p or min_p it scores what `linear_sample` draws from.
+    It scores what `linear_sample` draws from with the same temperature, top_k, top_p and min_p: at
+    temperature 0, one or a row's own, logp is 0 for the argmax and -inf for any other id, entropy
+    0, and there is no gradient.
 
     Raises ValueError / TypeError naming the argument for a wrong shape, dtype, device, bound or
-    target, NonFiniteError for NaN logits (on CPU), NotImplementedError for a truncation or a
-    temperature per row together with `group`, or for a costate together with any of them.
+    target, NonFiniteError for NaN logits (on CPU), NotImplementedError for a truncation, a
+    temperature per row or temperature 0 together with `group`, or for a costate together with any
+    of them.
 
     costate: adds to the gradients of hidden, weight and bias what `vgkern.Costate` says, once per
     backward pass and whatever arrives from above: a loss that is scaled needs costate.weight
@@ -173,15 +177,16 @@ def linear_token_logprobs(
     targets = _check.targets("targets", targets, shape)
     _check.same_device(hidden=hidden, targets=targets)
     cap, vocab = _check.softcap(softcap), weight.shape[0]
-    cut = cuts(top_k, top_p, min_p, vocab)
+    cut = cut_of(temperature, top_k, top_p, min_p, vocab, shape, device)
     also = [] if costate_of(costate) is None else [costate.embedding.dtype]  # type: ignore[union-attr]
     chosen = choose(backend, device, hidden.dtype, *also)
     names = [n for n, x in zip(CUTS, (top_k, top_p, min_p), strict=True) if x is not None]
     temperature = _check.number(temperature)
-    if isinstance(temperature, Tensor) and temperature.ndim:
+    by_row = isinstance(temperature, Tensor) and temperature.ndim > 0
+    if by_row or (not isinstance(temperature, Tensor) and temperature == 0):
         names.append("temperature")
     if costate is not None and (names or group is not None):
-        what = f"a {names[0]} per row" if names[:1] == ["temperature"] else (*names, "group")[0]
+        what = (*(_option(n, temperature) for n in names), "group")[0]
         raise NotImplementedError(
             f"costate: not with {what}; pass costate=None, or noisy_embedding"
         )
@@ -189,7 +194,10 @@ def linear_token_logprobs(
         from vgkern.ops import _vocab_parallel as parallel
 
         if names:
-            raise NotImplementedError(f"{names[0]}: not with a process group; pass group=None")
+            raise NotImplementedError(
+                f"{names[0]}: {_option(names[0], temperature)} does not work with a process group; "
+                "pass group=None"
+            )
         parallel.check_group(group)
         scalars = (_check.positive("temperature", temperature), cap, ignore_index)
         ends = parallel.shard_ends(group, weight)
@@ -200,13 +208,14 @@ def linear_token_logprobs(
         )
     elif names:
         targets = _check.kernel_targets("targets", targets, vocab, ignore_index, chosen)
-        t = temperatures(temperature, shape, device)
         if chosen == "torch":
-            rows = (t.view(shape), cap, ignore_index, cut)
+            t, limits = cut.of_rows(shape, device)
+            rows = (t, cap, ignore_index, limits)
             out = linear_token_logprobs_ref(hidden, weight, bias, targets, *rows)
         else:
+            numbers, per_row = (cap, ignore_index, *cut[:4]), cut[4:]
             out = LinearTruncatedLogprobsFunction.apply(
-                chosen, h2, hw, bias, targets.reshape(-1), t, (cap, ignore_index, *cut)
+                chosen, h2, hw, bias, targets.reshape(-1), numbers, *per_row
             )
     else:
         scalars = (_check.positive("temperature", temperature), cap, ignore_index)
@@ -220,6 +229,13 @@ def linear_token_logprobs(
     out = TokenLogprobs(out[0].view(shape), out[1].view(shape))
     _cause.no_nan(out.logp, hidden, weight, bias, temperature)
     return out
+
+
+def _option(name: str, temperature: float | Tensor) -> str:
+    """What an error message calls an option that needs the truncated distribution."""
+    if name != "temperature":
+        return name
+    return "a temperature per row" if isinstance(temperature, Tensor) else "temperature 0 (greedy)"
 
 
 def scored(
@@ -276,15 +292,15 @@ def _fake_truncated(hidden, weight, bias, targets, *rest):  # type: ignore[no-un
     return tuple(hidden.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
 
 
-_CUT = "float softcap, int ignore_index, int top_k, float top_p, float min_p"
+_CUT = f"float softcap, int ignore_index, {SCHEMA}"
 define(
-    f"linear_truncated_logprobs_fwd({_HEAD}, Tensor temperature, {_CUT}) -> (Tensor, Tensor)",
+    f"linear_truncated_logprobs_fwd({_HEAD}, {_CUT}) -> (Tensor, Tensor)",
     _fake_truncated,
     kernels="linear_token_logprobs",
 )
 define(
-    f"linear_truncated_logprobs_bwd({_HEAD}, Tensor dlogp, Tensor dentropy, Tensor temperature, "
-    f"{_CUT}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    f"linear_truncated_logprobs_bwd({_HEAD}, Tensor dlogp, Tensor dentropy, {_CUT}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_bwd,
     kernels="linear_token_logprobs",
 )

@@ -7,6 +7,7 @@
 No tile, batch, rank, device or order enters, so a training step regenerates the very noise that
 chose a token in a rollout from (seed, sequence, position). The form of g is fine near u = 0, where
 the argmax is decided; the usual -log(-log(u)) in fp32 is capped at 16.6, this one at 22.9.
+Equal (seed, sequence, position) draw equal noise, and so equal tokens from equal distributions.
 Gaussian noise has a counter plane of its own, v // 4 + 2^31, and is Box-Muller on pairs of words:
 with u1, u2 the u of words 2j and 2j + 1, normals 2j and 2j + 1 are sqrt(-2 log u1) times
 cos(2 pi u2) and sin(2 pi u2); at most 6.8.
@@ -15,6 +16,7 @@ Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -28,16 +30,28 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 NORMAL = 1 << 31  # the counter plane of Gaussian noise
 
 
-@dataclass(frozen=True)
+FEW = 4096  # rows that are looked through for an address given twice
+_said: set[str] = set()
+
+
+@dataclass(frozen=True, init=False)
 class Noise:
     """Address of the noise of every row of a sampling op.
 
     Args:
         seed: 0 <= seed < 2^64, one for a whole run.
         sequence: int64 [...], id of the sampled sequence, >= 0, unique within the run.
-        position: int64 [...], index of the token in its sequence, 0 <= position < 2^32.
+        position: int64 [...], index of the token in its sequence, 0 <= position < 2^32; or one int
+            for all rows. Kept as a tensor.
 
-    `sequence` and `position` broadcast against each other and to the rows of the op.
+    Equal (seed, sequence, position) draw equal noise: two rows that share an address and see the
+    same logits get the same token. That is what replays a token; it is also what makes G samples of
+    one prompt G copies of one, unless each has a `sequence` of its own. `linear_sample` warns once
+    where it sees an address twice in a call (on CPU, up to 4,096 rows).
+
+    `sequence` and `position` broadcast against each other and to the rows of the op. In a CUDA
+    graph let `position` be a 0-d int64 tensor on the device, which every replay reads anew: count
+    it up in place between replays. Values on a GPU are not looked at.
     Raises TypeError or ValueError that names the field.
     """
 
@@ -45,13 +59,24 @@ class Noise:
     sequence: Tensor
     position: Tensor
 
-    def __post_init__(self) -> None:
+    def __init__(self, seed: int, sequence: Tensor, position: Tensor | int) -> None:
+        if isinstance(position, int) and not isinstance(position, bool):
+            if not 0 <= position < 2**32:
+                raise _check.fail("noise.position", position, "0 <= position < 2**32")
+            position = torch.tensor(position)
+        object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "sequence", sequence)
+        object.__setattr__(self, "position", position)
+        self._look()
+
+    def _look(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"noise.seed: got {_check.describe(self.seed)}; allowed: an int")
         if not 0 <= self.seed < 2**64:
             raise _check.fail("noise.seed", self.seed, "0 <= seed < 2**64")
         for name, x, top in (("sequence", self.sequence, None), ("position", self.position, 2**32)):
-            x = _check.tensor(f"noise.{name}", x, "an int64 tensor")
+            allowed = "an int64 tensor" + (" or an int" if top else "")
+            x = _check.tensor(f"noise.{name}", x, allowed)
             if x.dtype != torch.int64:
                 raise TypeError(f"noise.{name}: got {_check.describe(x)}; allowed: int64")
             if _check.can_look(x.device) and x.numel():
@@ -74,7 +99,7 @@ class Noise:
         except RuntimeError:
             got = f"sequence {list(self.sequence.shape)}, position {list(self.position.shape)}"
             raise _check.fail(name, got, f"shapes that broadcast to {list(shape)}") from None
-        return s.to(device).reshape(-1).contiguous(), p.to(device).reshape(-1).contiguous()
+        return _flat(s, self.sequence, device), _flat(p, self.position, device)
 
     def words(self, vocab: int, plane: int = 0) -> Tensor:
         """The random 32-bit words as int64 [..., vocab]; `plane` is or-ed to counter word 0."""
@@ -93,6 +118,39 @@ class Noise:
         u1, u2 = _uniform(self.words(n + n % 2, NORMAL), dtype).unflatten(-1, (-1, 2)).unbind(-1)
         radius, angle = (-2 * u1.log()).sqrt(), 2 * math.pi * u2
         return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(-2)[..., :n]
+
+
+def _flat(rows: Tensor, given: Tensor, device: torch.device) -> Tensor:
+    """int64 [N] on `device`. A number on the host becomes a fill, which a CUDA graph can hold."""
+    number = given.ndim == 0 and given.device.type == "cpu" != device.type
+    if number and not torch.compiler.is_compiling():
+        return torch.full((rows.numel(),), int(given), dtype=torch.int64, device=device)
+    return rows.to(device).reshape(-1).contiguous()
+
+
+def warn_of_twins(sequence: Tensor, position: Tensor) -> None:
+    """Says once in a process that rows of one call have the same noise. int64 [N] each."""
+    if not _check.can_look(sequence.device) or "twins" in _said:  # a graph must not depend on it
+        return
+    n = sequence.shape[0]
+    if not 2 <= n <= FEW:
+        return
+    if bool((sequence[1:] > sequence[:-1]).all()):  # as usual: nothing to sort
+        return
+    address = torch.stack((sequence, position), 1)
+    distinct, which = address.unique(dim=0, return_inverse=True)
+    if len(distinct) == n:
+        return
+    _said.add("twins")
+    first = int((which.bincount()[which] > 1).nonzero()[0])
+    rows = (which == which[first]).nonzero()[:2, 0].tolist()
+    warnings.warn(
+        f"noise: rows {rows[0]} and {rows[1]} of one call have the same address (sequence "
+        f"{int(sequence[first])}, position {int(position[first])}), as {n - len(distinct)} of {n} "
+        "rows have that of another: they draw the same noise, so equal logits give equal tokens. "
+        "Give every sampled sequence an id of its own (said once)",
+        stacklevel=3,
+    )
 
 
 def _uniform(words: Tensor, dtype: torch.dtype) -> Tensor:

@@ -71,28 +71,32 @@ def row_policy(k: Given) -> Moved:
     return _walks(k, 2 if k.has("out") else 1, vectors, "logp entropy power out")
 
 
+OPTIONS = "temperatures top_ks top_ps min_ps"
+
+
 @model
 def row_cut(k: Given) -> Moved:
-    by_k, by_p = 0 < k["top_k"] < k["logits"].shape[1], k["top_p"] < 1
+    by_k = k.has("top_ks") or 0 < k["top_k"] < k["logits"].shape[1]
+    by_p = k.has("top_ps") or k["top_p"] < 1
     times = by_k * (DESCEND + 1) + by_p * (DESCEND + 2)
-    if times or k["min_p"] > 0:
+    if times or k["min_p"] > 0 or k.has("min_ps"):
         times += 1
-    return _walks(k, times, "targets temperature", "cut")
+    return _walks(k, times, f"targets {OPTIONS}", "cut")
 
 
 @model
 def row_sample(k: Given) -> Moved:
-    return _walks(k, 1, "sequence position temperature cut", "token")
+    return _walks(k, 1, f"sequence position cut {OPTIONS}", "token")
 
 
 @model
 def row_kept_stats(k: Given) -> Moved:
-    return _walks(k, 1, "targets temperature cut", "logp entropy lse")
+    return _walks(k, 1, f"targets cut {OPTIONS}", "logp entropy lse")
 
 
 @model
 def row_kept_grad(k: Given) -> Moved:
-    return _walks(k, 1, "targets temperature cut logp entropy lse c e", "out")
+    return _walks(k, 1, f"targets cut logp entropy lse c e {OPTIONS}", "out")
 
 
 @model

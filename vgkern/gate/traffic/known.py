@@ -34,12 +34,18 @@ BYTES = {
     "48 parts of the vocabulary leave statistics of each row: 4 us behind 0.6 ms": """
         linear_token_logprobs fwd 8192x576x49152 triton 1.21
     """,
-    "the cut of a truncation is found by eight tries a walk: 26 walks over each row": """
-        linear_token_logprobs truncated 8192x576x49152 any 6.77
-        linear_sample truncated 64x4096x131072 any 1.66
-        linear_sample truncated 256x4096x131072 any 2.85
-        linear_sample truncated 64x576x49152 any 3.53
-        linear_sample truncated 256x576x49152 any 4.92
+    "backend cuda finds a cut by eight tries a walk: 26 walks over each row": """
+        linear_token_logprobs truncated 8192x576x49152 cuda 6.77
+        linear_sample truncated 64x4096x131072 cuda 1.66
+        linear_sample truncated 256x4096x131072 cuda 2.85
+        linear_sample truncated 64x576x49152 cuda 3.53
+        linear_sample truncated 256x576x49152 cuda 4.92
+    """,
+    "a walk of its own for the score; backward finds cut and score again": """
+        linear_token_logprobs truncated 8192x576x49152 triton 1.71
+        linear_sample truncated 256x4096x131072 triton 1.16
+        linear_sample truncated 64x576x49152 triton 1.22
+        linear_sample truncated 256x576x49152 triton 1.34
     """,
     "the score is a walk of its own, for the bits of linear_token_logprobs": """
         linear_sample plain 256x576x49152 any 1.33
@@ -74,23 +80,10 @@ LAUNCHES = {
         linear_token_logprobs fwd 8192x576x49152 cuda 17
         linear_token_logprobs both 8192x576x49152 triton 41
         linear_token_logprobs both 8192x576x49152 cuda 44
-        linear_token_logprobs truncated 8192x576x49152 any 48
+        linear_token_logprobs truncated 8192x576x49152 triton 42
+        linear_token_logprobs truncated 8192x576x49152 cuda 40
         token_logprobs fwd 8192x131072 any 8
         token_logprobs both 8192x131072 any 11
-    """,
-    "a cut where nothing is cut, and each of three outputs put together from one part": """
-        linear_sample plain 1x4096x131072 any 9
-        linear_sample truncated 1x4096x131072 any 9
-        linear_sample plain 64x4096x131072 any 9
-        linear_sample truncated 64x4096x131072 any 9
-        linear_sample plain 256x4096x131072 any 9
-        linear_sample truncated 256x4096x131072 any 9
-        linear_sample plain 1x576x49152 any 9
-        linear_sample truncated 1x576x49152 any 9
-        linear_sample plain 64x576x49152 any 9
-        linear_sample truncated 64x576x49152 any 9
-        linear_sample plain 256x576x49152 any 9
-        linear_sample truncated 256x576x49152 any 9
     """,
     "row weights take six operators, outputs without a gradient get zeros for one": """
         policy_loss grpo 256x4096 any 14

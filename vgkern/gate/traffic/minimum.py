@@ -150,11 +150,12 @@ def linear_sample(call: Call) -> Minimum:
     """Logits written by their product, then one walk for the race and for the sums of the score;
     a truncation is found in `SELECT` walks before.
 
-    Launches: the temperatures, the product, the cut (2), the race and the score (2).
+    Launches: the product, the cut, the race and the score (2).
     """
     x = _Head(*call.shape)
-    walks = 1 + (SELECT if call.what == "truncated" else 0)
-    return Minimum(x.logits(1) + walks * LOGIT * x.rows, 6)
+    cut = call.what == "truncated"
+    walks = 1 + (SELECT if cut else 0)
+    return Minimum(x.logits(1) + walks * LOGIT * x.rows, 4 + cut)
 
 
 @form

@@ -145,30 +145,52 @@ def _combine(k: Given) -> Moved:
 # --- sampling and truncation
 
 
-SEARCH = 11  # walks that narrow 32 bits by eight ways at a time
+NARROW = 2  # walks that leave few candidates of a cut, where a row is too long to list at once
+LISTED = 10  # passes over the list of those
 
 
 @model("_row_cut_kernel")
 def _row_cut(k: Given) -> Moved:
-    times = (SEARCH + 1 if k["TOP_K"] else 0) + (SEARCH + 2 if k["TOP_P"] else 0)
-    if times or k["MIN_P"]:
-        times += 1  # for the largest
-    return _walks(k, times, "targets", "temperature", written=8)
+    vectors = ("targets", "temperatures", "top_ks", "top_ps", "min_ps")
+    if not (k["TOP_K"] or k["TOP_P"]):
+        return _walks(k, 1 if k["MIN_P"] else 0, *vectors, written=8)
+    room, vocab = k["ROOM"], k["V"]  # the largest, what narrows, and the list's own
+    plain = _walks(k, 2 + (NARROW if vocab > room else 0), *vectors, written=8)
+    listed = 4 * k.programs * min(room, vocab)
+    passes = LISTED * (k["TOP_K"] + k["TOP_P"])
+    return plain._replace(again=plain.again + passes * listed, rewritten=listed)
 
 
-@model("_row_sample_kernel")
-def _row_sample(k: Given) -> Moved:
-    return _walks(k, 1, "sequence", "position", "temperature", "cut", "ties", written=8)
+def _spans(k: Given, *vectors: str, written: int) -> Moved:
+    """One walk over the logits by a program for each span of each row; `written` bytes of each."""
+    rows, spans, bias = k["R"], k["spans"], k.bytes("bias")
+    once = k.bytes(*vectors)
+    again = (spans - 1) * once + (rows - 1) * bias
+    return Moved(k.bytes("logits") + once + bias, rows * spans * written, again=again)
+
+
+@model("_row_race_kernel")
+def _row_race(k: Given) -> Moved:
+    return _spans(k, "sequence", "position", "temperatures", "cut", "last", written=8)
 
 
 @model("_row_kept_stats_kernel")
 def _row_kept_stats(k: Given) -> Moved:
-    return _walks(k, 1, "targets", "temperature", "cut", "ties", written=12)
+    given = ("temperatures", "cut", "last")
+    if not k.has("best"):
+        return _spans(k, "targets", *given, written=16)
+    one = _spans(k, *given, "best", "best_id", written=16)  # whoever scores looks who won
+    return one._replace(written=one.written + k.bytes("targets"))
+
+
+@model("_row_merge_kernel")
+def _row_merge(k: Given) -> Moved:
+    return Moved(k.bytes("state", "targets"), k.bytes("logp_out", "entropy_out", "lse_out"))
 
 
 @model("_row_kept_grad_kernel")
 def _row_kept_grad(k: Given) -> Moved:
-    vectors = ("targets", "temperature", "logp", "entropy", "lse", "c", "e", "cut", "ties")
+    vectors = ("targets", "temperatures", "logp", "entropy", "lse", "c", "e", "cut", "last")
     return _walks(k, 1, *vectors, out="out")
 
 
