@@ -23,7 +23,7 @@ INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,parity interpreter autogr
 OLDEST := $(addprefix tests/test_,$(addsuffix .py,compile autograd reliability regressions \
   oldest_torch autocast errors refusals check_values nn interpreter_shipped))
 OLDEST_INTERPRETED := tests/test_interpreter.py tests/test_linear_grad.py tests/test_parity.py
-OLDEST_SELECTED := not parity or (float32 or bfloat16) and (v31 or h7 or full or n4 or ragged or cuts)
+OLDEST_SELECTED := not parity or float32 and (h7 or n4 or ragged) or bfloat16 and full
 GATES := tests/test_gate_triton.py tests/test_gate_cuda.py
 
 # A stamp is named by what it stands for, so that a change of content, and only that, makes it old.

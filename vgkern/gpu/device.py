@@ -41,7 +41,7 @@ class Phase(Facts):
         return self.end - time.monotonic()
 
     def oracle(self) -> Any:
-        """tests/oracle.py. Its conftest.py repairs the interpreter where kernels run on it."""
+        """tests/oracle.py. Its conftest.py watches the interpreter where kernels run on it."""
         found = importlib.import_module("oracle")
         if self.dry:
             importlib.import_module("conftest").emulate_cuda()
