@@ -72,8 +72,8 @@ def _row_race_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64)
-    i, s = at // spans, (at % spans).to(tl.int32)
+    at = tl.program_id(0)
+    i, s = (at // spans).to(tl.int64), at % spans  # in 64 bits the division spills
     row = logits + i * stride
     seq, pos = tl.load(sequence + i), tl.load(position + i)
     t = of_row(i, temperature, temperatures)

@@ -118,8 +118,8 @@ def _row_kept_stats_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64)
-    i, s = at // spans, (at % spans).to(tl.int32)
+    at = tl.program_id(0)
+    i, s = (at // spans).to(tl.int64), at % spans  # in 64 bits the division spills
     row = logits + i * stride
     t = of_row(i, temperature, temperatures)
     if best is None:

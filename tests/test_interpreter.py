@@ -16,6 +16,7 @@ if not conftest.INTERPRETED:
 import interpreter
 import triton
 import triton.language as tl
+from eager.logprobs import kept
 from oracle import check
 
 from vgkern.kernels import (
@@ -26,6 +27,7 @@ from vgkern.kernels import (
     memory,
     objective,
     policy_loss,
+    row_cut,
     rows,
     tile,
 )
@@ -319,6 +321,26 @@ def test_truncation_is_exact_on_ties():
         torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
         tokens = torch.stack([sample(x, seed=s, **cut)[0] for s in range(2)])
         assert bool((kept.gather(1, tokens.T) > 0).all())
+
+
+@pytest.mark.parametrize("room", [16, 64])
+@pytest.mark.parametrize("cut", [
+    {"top_k": 9}, {"top_k": 300}, {"top_p": 0.6}, {"top_p": 0.999}, {"top_k": 300, "top_p": 0.97},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.05},
+], ids=str)  # fmt: skip
+def test_a_cut_narrowed_by_walks_is_that_of_a_sort(cut, room, monkeypatch):
+    """Rows too long to be listed at once, a cut within the list, above it and below it: flat,
+    peaked, and so many equals that no list holds them."""
+    monkeypatch.setattr(row_cut, "ROOM", room)
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(3, 701, generator=g) * torch.tensor([[0.5], [6.0], [1.0]])
+    x[2] = x[2].mul(2).round() / 2
+    least, last = row_cut.row_cut(x, None, None, 0.0, -1, Cut(**cut))
+    for i, row in enumerate(x):
+        got = (row > least[i]) | ((row == least[i]) & (torch.arange(701) <= last[i]))
+        want = torch.zeros(701, dtype=torch.bool)
+        want[kept(row.double(), **cut)] = True
+        assert torch.equal(got, want), (i, got.sum(), want.sum())
 
 
 @pytest.mark.parametrize("dtype", [F32, torch.float16])

@@ -56,7 +56,7 @@ def test_a_temperature_of_logits(backend):
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_not_finite(op, bad, backend):
     word = str(bad).replace("nan", "NaN")
-    with pytest.raises(NonFiniteError, match=rf"^hidden: got {word} in row \[1, 2\]"):
+    with pytest.raises(NonFiniteError, match=rf"^hidden: got {word} at row \[1, 2\]"):
         op(backend, hidden=changed(H, (1, 2, 3), bad))
     with pytest.raises(NonFiniteError, match=rf"^weight: got {word} at \[4, 5\]"):
         op(backend, weight=changed(W, (4, 5), bad))
@@ -71,7 +71,7 @@ def test_a_head_that_blocks_every_id(backend):
 
 def test_logits_that_are_not_finite(backend):
     z = changed(H @ W.T, (1, 0, 3), math.inf)
-    with pytest.raises(NonFiniteError, match=r"^logits: got inf in row \[1, 0\]; .* blocked"):
+    with pytest.raises(NonFiniteError, match=r"^logits: got inf at row \[1, 0\]; .* blocked"):
         vgkern.token_logprobs(z, Y, backend=backend)
 
 
@@ -80,7 +80,7 @@ def test_a_masked_row_is_not_blamed(backend):
     mask[0, 1] = False
     h = changed(changed(H, (0, 1, 0), math.nan), (1, 1, 0), math.nan)
     for op in (fused, sequences):
-        with pytest.raises(NonFiniteError, match=r"^hidden: got NaN in row \[1, 1\]"):
+        with pytest.raises(NonFiniteError, match=r"^hidden: got NaN at row \[1, 1\]"):
             op(backend, hidden=h, mask=mask)
 
 

@@ -90,7 +90,7 @@ CASES: tuple[Case, ...] = (
                           bias="blocked", ignore=True),
     linear_token_logprobs("per-row-cuts", (6,), 64, 1000, top_k=60, top_p=0.9,
                           temperature="per row", ignore=True),
-    linear_token_logprobs("cuts-of-each-row", (2, 4), 64, 1000, top_k="per row", top_p="per row",
+    linear_token_logprobs("cuts-of-each-row", (2, 5), 64, 1000, top_k="per row", top_p="per row",
                           min_p="per row", temperature="per row", bias="blocked", ignore=True),
     linear_token_logprobs("peaked-top-p", (4,), 64, 1000, peaked=True, top_p=0.9999),
     linear_token_logprobs("zero-rows-cut", (0,), 7, 33, top_k=3),

@@ -46,7 +46,7 @@ def _why(
     bad = ~hidden.isfinite().all(-1) & sick
     if bool(bad.any()):
         at = _first(bad)
-        got = f"{_one(hidden[tuple(at)])} in row {at}"
+        got = f"{_one(hidden[tuple(at)])} at row {at}"
         return f"{prefix}hidden: got {got}; allowed: finite numbers"
     if (why := _head(weight, bias, prefix)) is not None:
         return why
@@ -64,7 +64,7 @@ def no_nan_logits(found: Tensor, logits: Tensor, temperature: float) -> None:
     z = logits.detach()[tuple(at)]
     bad = z.isnan() | (z == torch.inf)
     if bool(bad.any()):
-        got = f"{_one(z[bad])} in row {at}"
+        got = f"{_one(z[bad])} at row {at}"
         raise NonFiniteError(
             f"logits: got {got}; allowed: finite numbers, or -inf for a blocked id"
         )

@@ -113,7 +113,7 @@ def cut_of(
         numbers = [kind(x) for kind, x in zip((float, int, float, float), numbers, strict=True)]
     where = (shape, device)
     return Cut(
-        *numbers,
+        numbers[0], numbers[1], numbers[2], numbers[3],
         _rows("temperature", temperature, *where, lambda x: (x >= 0) & x.isfinite(),
               "finite numbers >= 0"),
         _rows("top_k", top_k, *where, lambda x: x >= 0, "integers >= 0, where 0 is no limit"),

@@ -111,8 +111,12 @@ class LinearTruncatedLogprobsFunction(torch.autograd.Function):
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [N] int64
         scalars: tuple,  # softcap, ignore_index, and the numbers of a Cut
-        *per_row: Tensor | None,  # its tensors
+        temperatures: Tensor | None,  # [N], as the next three: its tensors
+        top_ks: Tensor | None,
+        top_ps: Tensor | None,
+        min_ps: Tensor | None,
     ) -> tuple:
+        per_row = (temperatures, top_ks, top_ps, min_ps)
         return operators(backend).linear_truncated_logprobs_fwd(
             hidden, weight, bias, targets, *scalars, *per_row
         )

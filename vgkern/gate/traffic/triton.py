@@ -146,7 +146,7 @@ def _combine(k: Given) -> Moved:
 
 
 NARROW = 2  # walks that leave few candidates of a cut, where a row is too long to list at once
-LISTED = 10  # passes over the list of those
+LISTED = 12  # passes over the list of those, at most
 
 
 @model("_row_cut_kernel")
