@@ -17,7 +17,7 @@ ARGS ?=
 CSRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,parity interpreter autograd compile \
-  gpu_loss linear_grad reliability regressions truncated_logprobs gaussian_action costate_scan \
+  gpu_loss linear_grad packed nan messages reliability regressions truncated_logprobs gaussian_action costate_scan \
   linear_rollout noisy_embedding linear_divergence linear_quadratic costate_term traffic_models))
 # What torch and Triton themselves can break, in the oldest that pyproject.toml allows.
 OLDEST := $(addprefix tests/test_,$(addsuffix .py,compile autograd reliability regressions \
