@@ -274,8 +274,8 @@ def analytic_loss(
         )  # fmt: skip
         metrics["future"] = (to_come.square().sum() / live.sum().clamp(min=1)).sqrt()
     merged = to_come is not None and o.row_local
-    if to_come is not None:
-        task = task + to_come if merged else task
+    if to_come is not None and merged:
+        task = task + to_come
     with token_level() if to_come is not None else contextlib.nullcontext():
         out = linear_policy_loss(
             hidden, weight, targets, task, objective=o, old_logp=old_logp,

@@ -131,18 +131,16 @@ def mask(name: str, x: object, shape: torch.Size, allowed: str | None = None) ->
     if x.dtype == torch.bool:
         return x
     m = x != 0
-    if can_look(x.device) and bool((m & (x != 1)).any()):
-        at = (m & (x != 1)).nonzero()[0].tolist()
-        raise fail(name, f"{x[tuple(at)].item()} at {at}", "0 or 1, or bool")
+    if can_look(x.device):
+        refuse(name, x, m & (x != 1), "0 or 1, or bool")
     return m
 
 
 def token_weight(name: str, x: object, live: Tensor) -> Tensor:
     """Factors of tokens: finite and >= 0 where live; 0 elsewhere."""
     w = rows_like(name, floating(name, x), live.shape).detach().where(live, 0)
-    if can_look(w.device) and not bool(((w >= 0) & w.isfinite()).all()):
-        at = (~((w >= 0) & w.isfinite())).nonzero()[0].tolist()
-        raise fail(name, f"{w[tuple(at)].item()} at {at}", "finite numbers >= 0")
+    if can_look(w.device):
+        refuse(name, w, ~((w >= 0) & w.isfinite()), "finite numbers >= 0")
     return w
 
 
