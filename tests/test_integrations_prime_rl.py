@@ -126,13 +126,25 @@ def test_a_sequence_level_objective():
     torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_loss_weights_multiply_the_kl_term_too():
+    one = sequences(weighted=True, ref=True)[0]
+    m, lp = one.loss_mask, one.trainer_logprobs
+    e = one.ref_logprobs - lp
+    ratio = (lp - one.inference_logprobs).exp()
+    expected = (one.loss_weights * (-ratio * one.advantages + 0.1 * (e.exp() - e - 1)))[m].sum()
+    out = prime_rl.loss(one, "grpo", beta=0.1, clip_low=0.9, clip_high=9.0)
+    torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-5)
+    one.loss_weights = -one.loss_weights
+    with pytest.raises(ValueError, match="loss_weights: got a negative weight"):
+        prime_rl.loss(one, "grpo", beta=0.1)
+
+
 @pytest.mark.parametrize(
     "given, knobs, words",
     [
         ({}, {"reduction": "seq"}, "reduction: got 'seq'"),
         ({}, {"entropy_coef": 0.1}, "entropy_coef 0.1"),
         ({}, {"objective": "nothing"}, "objective: got 'nothing'"),
-        ({"weighted": True, "ref": True}, {"beta": 0.1}, "loss_weights"),
     ],
 )
 def test_what_it_cannot_do_is_refused(given, knobs, words):

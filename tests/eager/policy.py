@@ -215,7 +215,7 @@ MUTATIONS = {
     "linear_policy_loss: mask ignored": (
         "linear_policy_loss-grpo-h7-v31", reference(
             lambda ref, h, w, b, y, rows, *a: ref(
-                h, w, b, y.clamp(max=0), (rows[0], rows[1] + 1e-3, *rows[2:]), *a))),
+                h, w, b, y.clamp(max=0), rows._replace(weight=rows.weight + 1e-3), *a))),
     "linear_policy_loss: dW in bfloat16": (
         "linear_policy_loss-dapo-temperature", reference(
             lambda ref, h, w, *a: ref(h, w.detach() + (w - w.detach()) * (1 + 2.0**-8), *a))),

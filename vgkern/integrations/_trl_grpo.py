@@ -9,6 +9,7 @@ from torch import Tensor
 from vgkern.integrations import _head
 from vgkern.integrations._patch import parameters, refuse, version
 from vgkern.objectives import Objective
+from vgkern.ops._policy_rows import token_level
 from vgkern.ops.linear_policy_loss import linear_policy_loss
 from vgkern.ops.noisy_embedding import noisy_embedding
 from vgkern.ops.policy_loss import PolicyLoss
@@ -150,7 +151,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             normalizer = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
             if self.model.training:
                 normalizer = normalizer * steps / self.args.steps_per_generation
-        with _head.no_autocast(given.hidden.device):
+        # the correction makes them token-level; TRL's rows are padded, one sequence each
+        with _head.no_autocast(given.hidden.device), token_level():
             return linear_policy_loss(
                 given.hidden, given.weight, inputs["completion_ids"], advantages,
                 objective=self.objective, old_logp=inputs.get("old_per_token_logps"),

@@ -17,6 +17,7 @@ from typing import Any
 from vgkern import objectives
 from vgkern.integrations._patch import IntegrationError, refuse, version
 from vgkern.objectives import Objective
+from vgkern.ops._policy_rows import token_level
 from vgkern.ops.policy_loss import policy_loss
 
 MODULE = "prime_rl.trainer.rl.loss"
@@ -31,11 +32,11 @@ def loss(inputs: Any, objective: str | Objective = "grpo", **knobs: Any) -> Any:
 
     objective: a preset by name; knobs: what `Objective.replace` takes, but for `reduction`.
     `ref_logprobs` (or `teacher_logprobs`) is the reference of `beta`; `loss_weights` multiplies the
-    tokens' advantages, which is the loss itself when there is no KL term.
+    tokens' losses, KL term included.
 
     Raises IntegrationError when prime-rl's inputs or outputs have changed, ValueError for a
     `reduction`, for an entropy term (prime-rl gives no entropy) or a sampler correction, and for
-    loss_weights that are negative or come together with beta > 0.
+    loss_weights that are negative.
     """
     outputs = _outputs(type(inputs))
     o = objectives.resolve(objective)
@@ -51,20 +52,18 @@ def loss(inputs: Any, objective: str | Objective = "grpo", **knobs: Any) -> Any:
             f"{o.sampler_correction!r}; allowed: 0.0 and 'none' (the ratio to the sampler is the "
             "objective's own ratio here, and there is no entropy)"
         )
-    advantages, weights = inputs.advantages, getattr(inputs, "loss_weights", None)
-    if weights is not None:
-        if o.beta:
-            raise ValueError("loss_weights: got a tensor; allowed: None when beta > 0")
-        if bool((weights < 0).any()):
-            raise ValueError("loss_weights: got a negative weight; allowed: 0 or more")
-        advantages = advantages * weights
+    weights = getattr(inputs, "loss_weights", None)
+    if weights is not None and bool((weights < 0).any()):
+        raise ValueError("loss_weights: got a negative weight; allowed: 0 or more")
     ref = getattr(inputs, "ref_logprobs", None)
     ref = getattr(inputs, "teacher_logprobs", None) if ref is None else ref
-    out = policy_loss(
-        inputs.trainer_logprobs[None], advantages[None], objective=o,
-        old_logp=inputs.inference_logprobs[None], mask=inputs.loss_mask[None],
-        ref_logp=None if ref is None or not o.beta else ref[None],
-    )  # fmt: skip
+    with token_level():  # [T] advantages of what is always one sequence
+        out = policy_loss(
+            inputs.trainer_logprobs[None], inputs.advantages[None], objective=o,
+            old_logp=inputs.inference_logprobs[None], mask=inputs.loss_mask[None],
+            ref_logp=None if ref is None or not o.beta else ref[None],
+            token_weight=None if weights is None else weights[None],
+        )  # fmt: skip
     return outputs(loss=out.loss, metrics={name: out.metrics[name] for name in LOGGED})
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from vgkern import objectives
 from vgkern.integrations._patch import IntegrationError, Patch, parameters, refuse, version
 from vgkern.objectives import ESTIMATORS, Objective
+from vgkern.ops._policy_rows import token_level
 from vgkern.ops.group_advantages import group_advantages
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
 from vgkern.ops.policy_loss import policy_loss
@@ -118,11 +119,12 @@ def _policy_loss(objective_of: Callable[[Any], Objective]) -> Callable[..., Any]
                     "rollout_is_weights: got a tensor; allowed: None with a KL term or vespo"
                 )
             advantages = advantages * rollout_is_weights
-        out = policy_loss(
-            log_prob, advantages, objective=o.replace(reduction=REDUCTIONS[loss_agg_mode]),
-            old_logp=old_log_prob, mask=response_mask,
-            normalizer=_normalizer(loss_agg_mode, response_mask, **batch),
-        )  # fmt: skip
+        with token_level():  # as verl gives them; its rows are padded, one sequence each
+            out = policy_loss(
+                log_prob, advantages, objective=o.replace(reduction=REDUCTIONS[loss_agg_mode]),
+                old_logp=old_log_prob, mask=response_mask,
+                normalizer=_normalizer(loss_agg_mode, response_mask, **batch),
+            )  # fmt: skip
         return out.loss, _metrics(out.metrics, old_log_prob, log_prob, response_mask)
 
     return loss

@@ -22,7 +22,8 @@ _TOKEN_LEVEL: ContextVar[bool] = ContextVar("token_level", default=False)
 
 @contextlib.contextmanager
 def token_level() -> Iterator[None]:
-    """Within it advantages that differ in a row are no sign of packed sequences: ours do."""
+    """Within it advantages that differ in a row are no sign of packed sequences: the caller knows
+    that its rows hold one sequence each."""
     token = _TOKEN_LEVEL.set(True)
     try:
         yield
