@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vgkern.integrations import _weight
 from vgkern.integrations._patch import IntegrationError, version
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
 
@@ -38,8 +39,10 @@ def head(
 ) -> Head:
     """Casts to the dtype that autocast asks for, else to that of `hidden`; folds the scale away.
 
-    Raises NotImplementedError for a weight that DeepSpeed ZeRO-3 has partitioned (its backward
-    pass would find an empty tensor), ValueError for a scale that is not positive.
+    A quantised weight that knows its matrix is dequantised, as a constant. Raises
+    NotImplementedError for one that does not, and for a weight that DeepSpeed ZeRO-3 has
+    partitioned (its backward pass would find an empty tensor), ValueError for a scale that is not
+    positive.
     """
     if hasattr(weight, "ds_id"):
         raise NotImplementedError(
@@ -48,6 +51,7 @@ def head(
         )
     if not scale > 0:
         raise ValueError(f"logit_scale: got {scale!r}; allowed: a number > 0")
+    weight = _weight.matrix(weight)
     device = hidden.device.type
     dtype = hidden.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -93,11 +97,7 @@ def add_head(model: Any, keyword: str) -> None:
         if function is None:
             return original(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        lm_head = self.get_output_embeddings()
-        weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
-        if hasattr(weight, "full_tensor"):  # FSDP2
-            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        return function(hidden.to(weight.device), weight, bias)
+        return _weight.through(self.get_output_embeddings(), function, hidden)
 
     model.forward = method(model, forward)
 
@@ -137,7 +137,9 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
     """Raises IntegrationError unless backbone and head alone give this model's own logits.
 
     Three tokens are forwarded, in fp32 where the model is: a model that does anything else to its
-    hidden states or logits (adapters on the head, a scale of a new name) shows here.
+    hidden states or logits (a scale of a new name) shows here. NotImplementedError: the head is not
+    a matrix (`_weight`). A quantised head may quantise its inputs too, which moves the model's own
+    logits by up to a hundredth of the largest.
     """
     name = f"transformers {version('transformers')}: {type(model).__name__}"
     lm_head = model.get_output_embeddings()
@@ -149,7 +151,7 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
             "True; `return_dict=False` may be given to a call"
         )
     ids = torch.tensor([[1, 2, 0]], device=next(model.parameters()).device)
-    ids = ids % lm_head.weight.shape[0]
+    ids = ids % model.config.get_text_config().vocab_size
     softcap, scale = scaling(model.config)
     training = {module: module.training for module in model.modules()}  # parts may be frozen
     model.eval()
@@ -157,22 +159,26 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
         with torch.no_grad():
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             logits = model(input_ids=ids, use_cache=False).logits
-            given = head(
-                hidden, lm_head.weight, getattr(lm_head, "bias", None), 1.0, softcap, scale
-            )
-            ours = linear_token_logprobs(given.hidden, given.weight, ids, **options(given)).logp
+
+            def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                given = head(hidden, weight, bias, 1.0, softcap, scale)
+                return linear_token_logprobs(given.hidden, given.weight, ids, **options(given)).logp
+
+            ours = _weight.through(lm_head, score, hidden)
     finally:
         for module, was in training.items():
             module.training = was
     stock = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     rounding = 8 * torch.finfo(logits.dtype).eps * float(logits.detach().abs().max())
+    if not _weight.is_plain(lm_head):
+        rounding += 0.01 * float(logits.detach().abs().max())
     gap = float((ours - stock).abs().max())
     if not gap <= tolerance + rounding:
         raise IntegrationError(
             f"{name}: backbone and output embedding alone do not give the model's log-probs "
             f"(largest difference over 3 tokens: {gap:.2g} nats, allowed {tolerance + rounding:.2g}"
-            "), so a fused head would train another model. Adapters on the head, or a scaling of "
-            "the logits that is unknown here? Leave the head out of this drop-in"
+            "), so a fused head would train another model. A scaling of the logits that is unknown "
+            "here? Do without this drop-in"
         )
 
 

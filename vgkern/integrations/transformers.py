@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgkern.integrations import _head
+from vgkern.integrations import _head, _weight
 from vgkern.integrations._patch import IntegrationError, Patch, parameters, refuse
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
 from vgkern.ops.token_logprobs import token_logprobs
@@ -51,7 +51,8 @@ def patch(model: Any, *, backend: str | None = None) -> Patch:
 
     Raises IntegrationError when the model's log-probs are not those of its backbone and head (three
     tokens are forwarded to see), when its loss function is not the stock one, or when it adds a
-    mixture-of-experts loss.
+    mixture-of-experts loss; NotImplementedError when its head is not a matrix: adapters on it,
+    codes whose scales are elsewhere. A quantised head that knows its matrix is used dequantised.
     """
     loss_utils = importlib.import_module("transformers.loss.loss_utils")
     found = parameters(loss_utils.ForCausalLMLoss)
@@ -98,18 +99,19 @@ def _loss(model: Any, args: tuple, kwargs: dict[str, Any], backend: str | None) 
     hidden = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
     if keep is not None:
         hidden = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
-    head = model.get_output_embeddings()
-    targets = _shifted(labels, shifted, ignore).to(head.weight.device)
     softcap, scale = _head.scaling(model.config)
-    given = _head.head(
-        hidden.to(head.weight.device), head.weight, getattr(head, "bias", None), 1.0, softcap, scale
-    )
-    with _head.no_autocast(given.hidden.device):
-        logp = linear_token_logprobs(
-            given.hidden, given.weight, targets, ignore_index=ignore, backend=backend,
-            **_head.options(given)
-        ).logp  # fmt: skip
-    return _reduce(logp, targets != ignore, items)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        targets = _shifted(labels, shifted, ignore).to(weight.device)
+        given = _head.head(hidden, weight, bias, 1.0, softcap, scale)
+        with _head.no_autocast(given.hidden.device):
+            logp = linear_token_logprobs(
+                given.hidden, given.weight, targets, ignore_index=ignore, backend=backend,
+                **_head.options(given)
+            ).logp  # fmt: skip
+        return _reduce(logp, targets != ignore, items)
+
+    return _weight.through(model.get_output_embeddings(), loss, hidden)
 
 
 def _shifted(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor:

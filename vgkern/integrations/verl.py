@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vgkern import objectives
 from vgkern.integrations._patch import IntegrationError, Patch, parameters, refuse, version
+from vgkern.integrations._weight import matrix
 from vgkern.objectives import ESTIMATORS, Objective
 from vgkern.ops._policy_rows import token_level
 from vgkern.ops.group_advantages import group_advantages
@@ -213,7 +214,7 @@ def patch(*, backend: str | None = None) -> Patch:
             patch.calls += 1
             shards = dist_process_group is not None and dist_process_group.size() > 1
             return linear_token_logprobs(
-                hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1).long(),
+                hidden.reshape(-1, hidden.shape[-1]), matrix(weight), labels.reshape(-1).long(),
                 temperature=temperature, group=dist_process_group if shards else None,
                 backend=backend,
             )  # fmt: skip
@@ -229,7 +230,7 @@ def patch(*, backend: str | None = None) -> Patch:
                 return stock(self, hidden_states, vocab_weights, input_ids, temperature)
             patch.calls += 1
             return linear_token_logprobs(
-                hidden_states, vocab_weights, input_ids.long(), temperature=temperature,
+                hidden_states, matrix(vocab_weights), input_ids.long(), temperature=temperature,
                 backend=backend,
             )  # fmt: skip
 
