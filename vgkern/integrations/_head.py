@@ -157,14 +157,17 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = model(input_ids=ids, use_cache=False).logits
 
             def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 given = head(hidden, weight, bias, 1.0, softcap, scale)
                 return linear_token_logprobs(given.hidden, given.weight, ids, **options(given)).logp
 
-            ours = _weight.through(lm_head, score, hidden)
+            def both(forward: Callable[..., Any] = model.forward) -> tuple[Tensor, Tensor]:
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                ours = _weight.through(lm_head, score, hidden)
+                return ours, forward(input_ids=ids, use_cache=False).logits
+
+            ours, logits = _weight.inside(model, both)  # gathers what FSDP has sharded
     finally:
         for module, was in training.items():
             module.training = was

@@ -100,12 +100,17 @@ def through(
             )
         return function(hidden.to(weight.device), weight, bias)
 
-    own = vars(lm_head).get("forward")
-    lm_head.forward = forward
+    return inside(lm_head, forward, hidden)
+
+
+def inside(module: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` as the module's forward of this one call, with all hooks around it."""
+    own = vars(module).get("forward")
+    module.forward = function
     try:
-        return lm_head(hidden)
+        return module(*args)
     finally:
         if own is None:
-            del lm_head.forward
+            del module.forward
         else:
-            lm_head.forward = own
+            module.forward = own

@@ -34,7 +34,13 @@ def tensor(name: str, x: object, allowed: str = "a tensor") -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {describe(x)}; allowed: {allowed}")
     if type(x).__name__ == "DTensor":
-        raise TypeError(f"{name}: got a DTensor; call .full_tensor() on it first")
+        raise TypeError(
+            f"{name}: got a DTensor; allowed: a plain tensor. With rows of its own on every rank, "
+            f"pass {name}.full_tensor(grad_placements=[Partial()] * {name}.device_mesh.ndim) (of "
+            "torch.distributed.tensor): the gradient is the sum over the ranks, which .full_tensor("
+            ") alone would cut to each rank's own rows. Under fully_shard, use it within a call of "
+            "the module that holds it"
+        )
     return x
 
 
