@@ -80,14 +80,17 @@ def fused(
     mask: Tensor | None = None,
     frozen: bool = False,
     costate: vgkern.Costate | None = None,
+    segments: Tensor | None = None,
+    objective: str = "dapo",
 ) -> Callable:
     h, w = x["h"].clone().requires_grad_(), x["w"].clone().requires_grad_(not frozen)
 
     def run() -> None:
         h.grad = w.grad = None
         vgkern.linear_policy_loss(
-            h, w, x["y"], x["a"], objective="dapo", old_logp=x["old"], mask=mask, costate=costate
-        ).loss.backward()
+            h, w, x["y"], x["a"], objective=objective, old_logp=x["old"], mask=mask,
+            costate=costate, segments=segments
+        ).loss.backward()  # fmt: skip
 
     return run
 

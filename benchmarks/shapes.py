@@ -1,7 +1,7 @@
 """The fused policy loss over model shapes: against bare GEMMs, eager and compiled PyTorch; memory.
 
     python benchmarks/shapes.py [--threads 2] [--repeat 5] [--json F]
-        [--only fp32|bf16|rows|memory]
+        [--only fp32|bf16|rows|packed|memory]
 
 All variants of a row run interleaved, the order reversed every repetition; medians; the noise is
 half the spread between the quartiles of the fused times. `gemm3`: the three products that no exact
@@ -94,6 +94,33 @@ def share_rows(repeat: int) -> list[dict]:
     return rows
 
 
+SEQUENCE = 256  # tokens of a padded row
+
+
+def packed_rows(repeat: int) -> list[dict]:
+    """Half of the padded rows are padding: computed, masked, and left out of a packed row."""
+    rows = []
+    for shape in ROWS:
+        x = common.inputs(*shape, torch.float32)
+        b = shape[0] // SEQUENCE
+        lengths = torch.linspace(SEQUENCE // 4, SEQUENCE - SEQUENCE // 4, b).round().long()
+        live = torch.arange(SEQUENCE) < lengths[:, None]
+        padded = {k: x[k].view(b, SEQUENCE, *x[k].shape[1:]) for k in ("h", "y", "old")}
+        packed = {k: t[live] for k, t in padded.items()}
+        a = {"w": x["w"], "a": torch.linspace(-1, 1, b)}
+        ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        for objective in ("dapo", "gspo"):
+            variants = {
+                "fused": common.fused({**padded, **a}, objective=objective),
+                "masked": common.fused({**padded, **a}, mask=live, objective=objective),
+                "packed": common.fused({**packed, **a}, segments=ends, objective=objective),
+            }
+            found = row(f"packed {objective}", shape, variants, repeat, "float32", "fused")
+            print(f"    packed / masked {found['packed'] / found['masked']:.2f}", flush=True)
+            rows.append(found)
+    return rows
+
+
 def memory_rows(_: int) -> list[dict]:
     rows = []
     for shape in SHAPES:
@@ -134,7 +161,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--repeat", type=int, default=5, help="of the large shapes half, at least 3")
-    p.add_argument("--only", choices=["fp32", "bf16", "rows", "memory"])
+    p.add_argument("--only", choices=["fp32", "bf16", "rows", "packed", "memory"])
     p.add_argument("--json", type=Path)
     p.add_argument("--peak", type=int, nargs=3, help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -145,7 +172,8 @@ def main() -> None:
     machine = {"cpu": common.cpu_name(), "threads": a.threads, "torch": torch.__version__}
     machine |= {"vgkern": vgkern.__version__, "isa": _native.status()["isa"]}
     print(f"{machine['cpu']}, {a.threads} threads, torch {machine['torch']}", flush=True)
-    parts = {"fp32": fp32_rows, "bf16": bf16_rows, "rows": share_rows, "memory": memory_rows}
+    parts = {"fp32": fp32_rows, "bf16": bf16_rows, "rows": share_rows, "packed": packed_rows}
+    parts["memory"] = memory_rows
     rows = [r for k, f in parts.items() if a.only in (None, k) for r in f(a.repeat)]
     if a.json:
         a.json.parent.mkdir(parents=True, exist_ok=True)

@@ -39,10 +39,10 @@ def row_sample(
         kept = row_cut(logits, bias, None, softcap, -1, cut)
     if rows:
         with torch.cuda.device_of(logits):
-            _row_race_kernel[(rows * spans,)](
+            _row_race_kernel[(rows, spans)](
                 logits, logits.stride(0), flat(bias), seed, flat(sequence), flat(position), cut[0],
-                flat_or_number(cut[4]), *kept, best, best_id, rows, vocab, softcap, spans,
-                SPAN=SPAN, SOFTCAP=softcap != 0,
+                flat_or_number(cut[4]), *kept, best, best_id, rows, vocab, softcap, SPAN=SPAN,
+                SOFTCAP=softcap != 0,
                 **launch(min(vocab, SPAN), per_thread=8, most=min(SPAN, 2048))
             )  # fmt: skip
     race = (best, best_id)
@@ -50,7 +50,7 @@ def row_sample(
     return token, logp, entropy
 
 
-@triton.jit(do_not_specialize=["seed", "R", "spans"])
+@triton.jit(do_not_specialize=["seed", "R"])
 def _row_race_kernel(
     logits,  # [R, V]
     stride,
@@ -67,13 +67,12 @@ def _row_race_kernel(
     R,
     V,
     softcap,
-    spans,
     SPAN: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0)
-    i, s = (at // spans).to(tl.int64), at % spans  # in 64 bits the division spills
+    i = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1).to(tl.int64)
     row = logits + i * stride
     seq, pos = tl.load(sequence + i), tl.load(position + i)
     t = of_row(i, temperature, temperatures)
@@ -83,7 +82,7 @@ def _row_race_kernel(
     best = tl.full([BLOCK], -INF, tl.float32)  # a race per lane; ids grow, so > keeps the first
     best_id = tl.zeros([BLOCK], tl.int32) + V
     sick = tl.zeros([BLOCK], tl.int32)
-    first = s * SPAN
+    first = (s * SPAN).to(tl.int32)  # a column
     for start in range(first, tl.minimum(first + SPAN, V), BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z, _ = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)
@@ -98,6 +97,6 @@ def _row_race_kernel(
         best_id = tl.where(better, cols, best_id)
     most = tl.max(best, 0)
     winner = tl.min(tl.where(best == most, best_id, V), 0)
-    here = s.to(tl.int64) * R + i
+    here = s * R + i
     tl.store(best_out + here, most)
     tl.store(best_id_out + here, tl.where(tl.max(sick, 0) != 0, -2, winner))

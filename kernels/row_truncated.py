@@ -82,7 +82,7 @@ def row_kept_stats(logits, bias, targets, softcap, ignore_index, cut, kept, race
     padded = triton.next_power_of_2(spans)
     if rows:
         with torch.cuda.device_of(logits):
-            _row_kept_stats_kernel[(rows * spans,)](
+            _row_kept_stats_kernel[(rows, spans)](
                 logits, logits.stride(0), flat(bias), flat(targets), cut[0], flat_or_number(cut[4]),
                 *kept, *(race or (None, None)), state, rows, vocab, softcap, ignore_index, spans,
                 SPAN=SPAN, SPANS=padded, SOFTCAP=softcap != 0,
@@ -118,8 +118,8 @@ def _row_kept_stats_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0)
-    i, s = (at // spans).to(tl.int64), at % spans  # in 64 bits the division spills
+    i = tl.program_id(0).to(tl.int64)
+    s = tl.program_id(1).to(tl.int64)
     row = logits + i * stride
     t = of_row(i, temperature, temperatures)
     if best is None:
@@ -140,7 +140,7 @@ def _row_kept_stats_kernel(
         if cut is not None:
             least, end = tl.load(cut + i), tl.load(last + i)
         stats = no_columns(BLOCK)
-        first = s * SPAN
+        first = (s * SPAN).to(tl.int32)  # a column
         for start in range(first, tl.minimum(first + SPAN, V), BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z, _ = load_z(row, bias, cols, V, scale, softcap, SOFTCAP)

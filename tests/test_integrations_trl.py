@@ -237,6 +237,7 @@ CONFIGS = [
     {"loss_type": "dr_grpo", "beta": 0.1, "use_bias_correction_kl": False},
     {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     {"loss_type": "cispo", "epsilon_high": 1.1},
+    {"loss_type": "cispo", "epsilon_high": 0.2},
     {"loss_type": "sapo", "beta": 0.1},
     {"loss_type": "vespo"},
     {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.05},
@@ -302,7 +303,7 @@ REFUSED = [
     ({"top_entropy_quantile": 0.8}, "top_entropy_quantile"),
     ({"entropy_coef": 0.1}, "entropy_coef"),
     ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
-    ({"loss_type": "cispo", "epsilon_high": 0.2}, "epsilon_high: got 0.2"),
+    ({"loss_type": "cispo", "epsilon_high": 0.0}, "epsilon_high: got 0.0"),
     ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "vespo with sequence"),
 ]
 

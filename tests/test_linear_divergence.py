@@ -305,7 +305,7 @@ BAD = [
     ({"softcap": 0.0}, ValueError, "softcap"),
     ({"teacher_softcap": -1.0}, ValueError, "teacher_softcap"),
     ({"mask": torch.ones(8)}, ValueError, "mask"),
-    ({"hidden": torch.full((9, 16), torch.nan)}, vgkern.NonFiniteError, "hidden, teacher_hidden"),
+    ({"hidden": torch.full((9, 16), torch.nan)}, vgkern.NonFiniteError, "hidden"),
 ]
 
 

@@ -161,6 +161,8 @@ VARIANTS = {
     **{c: O(sampler_correction=c, beta=0.1) for c in objectives.CORRECTIONS[1:]},
     **{r: O(reduction=r, clip_high=0.28) for r in objectives.REDUCTIONS},
     "dual": O(dual_clip=1.5),
+    "cispo-cap-below-1": O(surrogate="cispo", clip_low=1.0, clip_high=-0.8),
+    "cispo-between": O(surrogate="cispo", clip_low=0.5, clip_high=-0.1),
     "dual-wide": O(dual_clip=3.0, clip_high=0.28),
     "fixed-wider": O(reduction="fixed", max_length=17),
     **{f"linear-{r}": O(surrogate="linear", ratio=r) for r in objectives.RATIOS},

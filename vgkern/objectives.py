@@ -105,7 +105,11 @@ class Objective:
             x = getattr(self, field)
             _require(field, x, 0 <= x < math.inf, f"{field} >= 0, finite")
         _require("clip_low", self.clip_low, 0 <= self.clip_low <= 1, "0 <= clip_low <= 1")
-        _require("clip_high", self.clip_high, self.clip_high >= 0, "clip_high >= 0")
+        if self.surrogate == "cispo":  # the bounds of a weight, which may be below 1: min(r, 0.2)
+            ok = self.clip_high > -1 and self.clip_high >= -self.clip_low
+            _require("clip_high", self.clip_high, ok, "clip_high > -1 and >= -clip_low")
+        else:
+            _require("clip_high", self.clip_high, self.clip_high >= 0, "clip_high >= 0")
         for field in ("dual_clip", "delta"):
             x = getattr(self, field)
             _require(field, x, x is None or x > 1, "None or a ratio > 1")
@@ -178,7 +182,7 @@ DAPO = Objective(clip_high=0.28, reduction="token")  # arXiv 2503.14476: pass th
 GSPO = Objective(ratio="sequence", clip_low=3e-4, clip_high=4e-4)  # arXiv 2507.18071, TRL
 GSPO_TOKEN = GSPO.replace(ratio="sequence_token")  # the same paper, section 4.3; verl's "gspo"
 LUSPO = GSPO.replace(reduction="seq_sum")  # TRL's luspo: GSPO times the length, masked
-# MiniMax-M1 (arXiv 2506.13585) and TRL: weight min(r, 5), nothing below
+# MiniMax-M1 (arXiv 2506.13585) and TRL: weight min(r, 5), nothing below; a cap c is clip_high c - 1
 CISPO_ABSOLUTE = Objective(surrogate="cispo", clip_low=1.0, clip_high=4.0, reduction="token")
 CISPO_RELATIVE = Objective(surrogate="cispo", reduction="token")  # verl: clip(r, 0.8, 1.2)
 SAPO = Objective(surrogate="sapo")  # arXiv 2511.20347; TRL's and verl's

@@ -25,7 +25,7 @@ IMAGES = ("pixel_values", "image_grid_thw", "num_images", "image_sizes", "token_
 def objective_of(trainer: Any) -> Objective:
     """The objective that TRL's options say, with TRL's own formulas.
 
-    Raises ValueError for a value that has no meaning in them (cispo's epsilon_high below 1).
+    Raises ValueError for a value that has no meaning in them (cispo's epsilon_high of 0).
     """
     args, kind = trainer.args, trainer.loss_type
     knobs: dict[str, Any] = {
@@ -40,10 +40,10 @@ def objective_of(trainer: Any) -> Objective:
     if kind == "dr_grpo":
         knobs["max_length"] = trainer.max_completion_length
     elif kind == "cispo":  # TRL bounds the weight itself: min(r, epsilon_high)
-        if trainer.epsilon_high < 1:
+        if not trainer.epsilon_high > 0:
             raise ValueError(
                 f"epsilon_high: got {trainer.epsilon_high} with loss_type 'cispo', whose weight is "
-                "min(ratio, epsilon_high); allowed: 1 or more (5.0 is usual)"
+                "min(ratio, epsilon_high); allowed: above 0 (5.0 is usual)"
             )
         high = trainer.epsilon_high - 1
         knobs |= {"surrogate": "cispo", "clip_low": 1.0, "clip_high": high, "delta": None}

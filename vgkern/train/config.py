@@ -56,7 +56,7 @@ class Config:
     temperature: float = _option(1.0, "sampling temperature, in sampler and loss alike", 1e-3)
     objective: str = _option("grpo", "preset of vgkern.objectives")
     clip_low: float = _option(0.0, "ratio clipped below 1 - clip_low; 0: as the objective", 0, 1)
-    clip_high: float = _option(0.0, "ratio clipped above 1 + clip_high; 0: as the objective", 0)
+    clip_high: float = _option(0.0, "ratio clipped above 1 + clip_high; 0: as the objective", -1)
     reward_coef: float = _option(1.0, "weight of the task's reward; 0: only what follows", 0)
     beta: float = _option(0.0, "weight of the KL to the starting policy", 0)
     entropy_coef: float = _option(0.0, "weight of the entropy, which is maximised", 0)

@@ -163,7 +163,7 @@ def _row_cut(k: Given) -> Moved:
 
 def _spans(k: Given, *vectors: str, written: int) -> Moved:
     """One walk over the logits by a program for each span of each row; `written` bytes of each."""
-    rows, spans, bias = k["R"], k["spans"], k.bytes("bias")
+    rows, spans, bias = k["R"], -(-k["V"] // k["SPAN"]), k.bytes("bias")
     once = k.bytes(*vectors)
     again = (spans - 1) * once + (rows - 1) * bias
     return Moved(k.bytes("logits") + once + bias, rows * spans * written, again=again)
