@@ -65,14 +65,14 @@ train: $(TRAIN_STAMP)
 	@$(native) || export VGKERN_BACKEND="$${VGKERN_BACKEND:-torch}"; \
 	exec $(PY) -m vgkern train $(ARGS)
 
-# Triton's interpreter needs a process of its own, and the gate's compilers take what the other two
-# leave of the machine. Both run beside the first and are shown last.
+# Triton's interpreter needs a process of its own, and so do the gate's compilers. Both run beside the
+# first and are shown last.
 test: lint
 	@$(native) || true
 	@echo '== pytest: torch, cpu, cuda emulated; beside it Triton, interpreted, and the gates'
 	@logs=$$(mktemp -d); pytest='$(PY) -m pytest'; none=5; failed=0; \
 	TRITON_INTERPRET=1 $$pytest -p no:cacheprovider $(INTERPRETED) $(ARGS) >$$logs/2 2>&1 & two=$$!; \
-	nice $$pytest -p no:cacheprovider $(GATES) $(ARGS) >$$logs/3 2>&1 & three=$$!; \
+	$$pytest -p no:cacheprovider $(GATES) $(ARGS) >$$logs/3 2>&1 & three=$$!; \
 	$$pytest $(addprefix --ignore=,$(GATES)) $(ARGS); \
 	status=$$?; test $$status = 0 -o $$status = $$none || failed=1; \
 	echo '== pytest: Triton, interpreted'; \

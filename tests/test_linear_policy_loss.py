@@ -159,3 +159,35 @@ def test_backward_makes_no_second_head_gradient(backend):
         loss.backward()
     assert w.grad.any()
     assert max(e.self_cpu_memory_usage for e in seen.events()) < w.nbytes
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo", "cispo_relative"])
+def test_a_temperature_for_each_row(name, backend):
+    """Loss and gradients of the formula in fp64, and those of one number where all are equal."""
+    h, w, y, _ = batch()
+    o = objectives.PRESETS[name]
+    a = torch.tensor([1.0, -1, 0.5, 2, -0.3, 1])
+    mask = case_inputs.padding(6, 5, 3)
+    t = torch.linspace(0.5, 1.6, 30).view(6, 5)
+    exact = [x.double().requires_grad_() for x in (h, w)]
+    z = (exact[0] @ exact[1].T / t[..., None].double()).log_softmax(-1)
+    lp = z.gather(-1, y[..., None])[..., 0]
+    old = (
+        lp.detach() + 0.1 * torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+    ).float()
+    want = vgkern.policy_loss(lp, a, objective=o, old_logp=old.double(), mask=mask, backend="torch")
+    leaves = [x.clone().requires_grad_() for x in (h, w)]
+    given = {"objective": o, "old_logp": old, "mask": mask, "backend": backend}
+    out = vgkern.linear_policy_loss(*leaves, y, a, temperature=t, **given)
+    torch.testing.assert_close(out.loss.double(), want.loss, rtol=1e-5, atol=1e-6)
+    got = torch.autograd.grad(3 * out.loss, leaves)
+    for g, e in zip(got, torch.autograd.grad(3 * want.loss, exact), strict=True):
+        assert (g - e).abs().max() <= 2e-5 * e.abs().max()
+    same = vgkern.linear_policy_loss(*leaves, y, a, temperature=torch.full_like(t, 0.7), **given)
+    one = vgkern.linear_policy_loss(*leaves, y, a, temperature=0.7, **given)
+    torch.testing.assert_close(same.loss, one.loss, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"temperature: got .*; allowed: "):
+        vgkern.linear_policy_loss(*leaves, y, a, temperature=t[:3], **given)
+    if backend == "cpu":
+        with pytest.raises(ValueError, match=r"temperature: got "):
+            vgkern.linear_policy_loss(*leaves, y, a, temperature=-t, **given)

@@ -61,6 +61,10 @@ CALLS = {
         lambda t, b: fused(objective="dapo", normalizer=t, backend=b), 5.0),
     ("linear_policy_loss", "temperature of sequences"): (
         lambda t, b: fused(objective="gspo", temperature=t, backend=b), 0.5),
+    **{("linear_token_logprobs", cut): (lambda t, b, cut=cut: scored(backend=b, **{cut: t}), first)
+       for cut, first in (("top_k", 9), ("top_p", 0.7), ("min_p", 0.01))},
+    **{("linear_sample", cut): (lambda t, b, cut=cut: sampled(backend=b, **{cut: t}), first)
+       for cut, first in (("top_k", 9), ("top_p", 0.7), ("min_p", 0.01))},
     ("linear_sample", "softcap"): (lambda t, b: sampled(softcap=t, backend=b), 5.0),
     ("linear_sample", "temperature"): (lambda t, b: sampled(temperature=t, backend=b), 0.5),
     ("linear_sample", "seed"): (lambda t, b: sampled(noise=noise(t), backend=b), 3),
@@ -181,7 +185,7 @@ def test_the_gradient_of_a_compiled_schedule(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("op", "number"), [k for k in CALLS if k[1] != "seed"])
+@pytest.mark.parametrize(("op", "number"), [k for k in CALLS if k[1] not in ("seed", "top_k")])
 def test_tensors_of_no_dimension(op, number, dtype, backend):
     """Where a float is: the same result; and in a graph, which is made once."""
     if (op, backend) in conftest.LACKS:

@@ -230,6 +230,12 @@ def _policy() -> Iterator[Launch]:
     yield case("gspo", objectives.GSPO, (63, 777), True)
     yield case("vespo all terms", objectives.VESPO.replace(beta=0.04), (64, 1024), True)
     yield case("gmpo", objectives.GMPO, (64, 1024), False)
+
+    def packed() -> tuple[Any, ...]:
+        n, everything = 4096, objectives.GSPO.replace(beta=0.04, entropy_coef=0.01)
+        return *(f32(n, 1) for _ in range(7)), everything.pack(), ids(65)
+
+    yield _launch("policy_loss_fwd", "gspo all terms packed", packed)
     yield _launch("group_advantages_fwd", "B512", lambda: (f32(512).double(), ids(512), 0))
     yield _launch("group_advantages_fwd", "B37", lambda: (f32(37).double(), ids(37), 2))
 

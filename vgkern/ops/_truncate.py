@@ -71,7 +71,7 @@ def truncated_ref(
         order = torch.argsort(z, dim=-1, descending=True, stable=True)  # ties: the lowest id first
         rank = torch.arange(z.shape[-1], device=z.device)
         top_k, top_p, min_p = (
-            torch.as_tensor(x, dtype=d, device=z.device)[..., None]
+            (torch.zeros((), dtype=d, device=z.device) + x).to(d)[..., None]  # see _library
             for x, d in ((top_k, torch.int64), (top_p, torch.float64), (min_p, z.dtype))
         )
         first = (rank < top_k) | (top_k <= 0)
