@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ class Lines:
     """A log that only remembers."""
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.folder = [], Path(tempfile.mkdtemp())
 
     def line(self, text):
         self.lines.append(text)

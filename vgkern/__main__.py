@@ -38,13 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    from vgkern.train.config import load_config
+    from vgkern.train.config import load_run
 
     def run() -> None:
-        config = load_config(arguments)
+        config, resume = load_run(arguments)
         from vgkern.train.run import train
 
-        train(config)
+        train(config, resume)
 
     return _ended("train", run, "metrics so far are kept")
 
@@ -66,7 +66,7 @@ def _ended(command: str, run: Callable[[], None], interrupted: str) -> int:
         run()
     except RunError as error:
         print(f"vgkern {command}: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "status", 2)  # a signal has its own
     except KeyboardInterrupt:
         print(f"\nvgkern {command}: interrupted; {interrupted}", file=sys.stderr)
         return 130

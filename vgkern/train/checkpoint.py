@@ -6,9 +6,11 @@ temporary name beside it, synced, and renamed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +26,26 @@ RUN = {"task", "task_options", "few_shot", "temperature"}  # in the config.json 
 
 
 def save_checkpoint(policy: Policy, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """`folder` must not exist yet."""
+    """`folder` must not exist yet. Raises CheckpointError, also when the disk is full."""
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; nothing was overwritten")
+    try:
+        with whole(folder) as partial:
+            policy.save(str(partial))
+            tokenizer.save(str(partial))
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder}: not saved: {reason}") from error
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that gets its name when everything in it is on the disk."""
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        policy.save(str(partial))
-        tokenizer.save(str(partial))
+        yield partial
         for path in sorted(partial.rglob("*")):
             _sync(path)
         _sync(partial)

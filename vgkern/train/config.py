@@ -86,6 +86,10 @@ class Config:
     eval_prompts: int = _option(256, "held-out prompts", 1)
     eval_seed: int = _option(0, "which held-out prompts", 0)
     save_every: int = _option(0, "steps between checkpoints; 0: only at the end", 0)
+    state_every: int = _option(
+        0, "steps between states for --resume; 0: as often as costs 1 % of the time; -1: only when "
+        "the run is stopped", -1,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -218,15 +222,72 @@ def from_dict(values: dict[str, Any], source: str) -> Config:
     for name in values:
         if name not in specs:
             raise ConfigError(f"{source}: no setting {name!r}; {_nearest(name, list(specs))}")
-    return Config(**{name: _convert(specs[name], value) for name, value in values.items()})
+    return Config(**_converted(values))
+
+
+def _converted(values: dict[str, Any]) -> dict[str, Any]:
+    specs = {spec.name: spec for spec in dataclasses.fields(Config)}
+    return {name: _convert(specs[name], value) for name, value in values.items()}
+
+
+FREE = {"out", "threads", "save_every", "state_every"}  # what --resume may change
 
 
 def load_config(arguments: list[str]) -> Config:
     """`--config FILE` first, then every other flag over it."""
+    return load_run(arguments)[0]
+
+
+def load_run(arguments: list[str]) -> tuple[Config, Path | None]:
+    """The settings, and the run to go on with (`--resume RUN`): then they are that run's own."""
+    given = _flags(arguments)
+    path, resume = given.pop("config", None), given.pop("resume", None)
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"--config {path}: {error}") from None
+        from_dict(values, path)  # so that an error names the file
+    values |= given
+    if resume is None:
+        return from_dict(values, "flags"), None
+    return _resumed(Path(resume), values), Path(resume)
+
+
+def _resumed(run: Path, values: dict[str, Any]) -> Config:
+    try:
+        saved = from_dict(json.loads((run / "config.json").read_text()), f"{run}/config.json")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"--resume {run}: not the folder of a run ({error})") from None
+    if (run / "final").exists():
+        raise ConfigError(
+            f"--resume {run}: the run has ended; train on from it with --model {run / 'final'}"
+        )
+    config = dataclasses.replace(saved, **_converted(values))
+    differ = [
+        f"{name} {getattr(saved, name)!r} -> {getattr(config, name)!r}"
+        for name in values
+        if getattr(saved, name) != getattr(config, name) and name not in FREE
+    ]
+    if "out" in values and Path(config.out) != run:
+        differ.append(f"out {str(run)!r} -> {config.out!r}")
+    if differ:
+        raise ConfigError(
+            f"--resume {run}: got other settings ({'; '.join(differ)}); allowed: the run's own, "
+            "and another threads, save_every or state_every"
+        )
+    return config
+
+
+def _flags(arguments: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog="python -m vgkern train", allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file; flags go over it")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with an interrupted run, bit for bit"
+    )
     for spec in dataclasses.fields(Config):
         kind = type(spec.default)
         parser.add_argument(
@@ -241,13 +302,4 @@ def load_config(arguments: list[str]) -> Config:
     for word in unknown:
         bare = word.removeprefix("--").split("=")[0]
         raise ConfigError(f"no flag {word!r}; {_nearest(bare, names)}")
-    given = vars(flags)
-    values: dict[str, Any] = {}
-    path = given.pop("config", None)
-    if path is not None:
-        try:
-            values = tomllib.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"--config {path}: {error}") from None
-        from_dict(values, path)  # so that an error names the file
-    return from_dict({**values, **given}, "flags")
+    return vars(flags)

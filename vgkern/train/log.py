@@ -11,20 +11,46 @@ from typing import Any, TextIO
 
 
 class Log:
-    """Every record is one whole line of JSON, on disk as soon as it is written."""
+    """Every record is one whole line of JSON, on disk as soon as it is written, or as soon as a
+    disk that was full takes it."""
 
-    def __init__(self, folder: Path, stream: TextIO | None = None) -> None:
-        self.file = (folder / "metrics.jsonl").open("x")
+    def __init__(self, folder: Path, stream: TextIO | None = None, place: Any = None) -> None:
+        """place: what `place` said when a state was saved; the log goes on from there."""
+        self.folder = folder
         self.stream = sys.stderr if stream is None else stream
         self.start = time.perf_counter()
         self.passing = False  # the line on screen may be overwritten
         self.records: list[dict[str, Any]] = []
+        self.waiting = ""  # what the disk did not take
+        if place is None:
+            self.file = (folder / "metrics.jsonl").open("xb", buffering=0)
+            return
+        size, seconds = place
+        self.file = (folder / "metrics.jsonl").open("r+b", buffering=0)
+        self.records = [_unplain(json.loads(line)) for line in self.file.read(size).splitlines()]
+        self.file.truncate(self.file.seek(size))
+        self.start -= seconds
+
+    def place(self) -> tuple[int, float]:
+        """Bytes written, seconds passed."""
+        return self.file.tell(), round(time.perf_counter() - self.start, 3)
 
     def record(self, kind: str, **values: Any) -> None:
         entry = {"kind": kind, "time": round(time.perf_counter() - self.start, 3), **values}
         self.records.append(entry)
-        self.file.write(json.dumps({k: _plain(v) for k, v in entry.items()}) + "\n")
-        self.file.flush()
+        warned, self.waiting = bool(self.waiting), self.waiting + json.dumps(
+            {k: _plain(v) for k, v in entry.items()}
+        ) + "\n"  # fmt: skip
+        size = self.file.tell()
+        try:
+            left = memoryview(self.waiting.encode())
+            while left:
+                left = left[self.file.write(left) :]
+            self.waiting = ""
+        except OSError as error:
+            self.file.truncate(self.file.seek(size))  # no half a line
+            if not warned:
+                self.line(f"warning: metrics.jsonl: {error.strerror}; going on")
 
     def line(self, text: str) -> None:
         """A line that stays."""
@@ -44,6 +70,10 @@ class Log:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _unplain(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in entry.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -5,50 +5,60 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .checkpoint import load_policy, new_policy, save_checkpoint
 from .config import Config
 from .errors import ConfigError, RunError, TaskError, TrainingError
+from .interrupt import Interruption
 from .log import Log, clock
 from .report import write_report
+from .state import Keeper, find, read, restore
 from .tasks import Entry, Stream, make_task
 from .trainer import Trainer
-from .warmstart import warm_start
+from .warmstart import CHECK_EVERY, WarmStart
 
 VALIDATION = 256  # prompts that stop the warm start; never those of the evaluation
 
 
-def train(config: Config) -> Path:
-    """Run `config`; returns the output folder."""
+def train(config: Config, resume: Path | None = None) -> Path:
+    """Run `config`; returns the output folder. resume: the folder of a run that was interrupted,
+    which goes on from its newest whole state, bit for bit as if nothing had happened.
+
+    SIGINT and SIGTERM save a state at the next step's edge and raise `Stopped`.
+    """
     if config.threads > 4 * (os.cpu_count() or 1):  # some thousands of threads end the process
         allowed = f"up to {4 * (os.cpu_count() or 1)} on this machine"
         raise ConfigError(f"threads: got {config.threads}; allowed: {allowed}")
     torch.set_num_threads(config.threads)
-    out = free_folder(config)
+    out = free_folder(config) if resume is None else resume
+    state, notes = (None, []) if resume is None else find(resume)
     try:
-        trainer, validation, warm = build(config)
+        trainer, validation, demonstrations = build(config)
     except ValueError as error:  # a task's or model's own words for a setting it cannot take
         raise ConfigError(str(error)) from error
     print(f"vgkern train: {out}\n{config.show()}", flush=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        log = trainer.log = Log(out)
+        if state is None:
+            (out / "config.json").write_text(
+                json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+            )
+        log = trainer.log = Log(out, place=None if state is None else read(state)["log"])
     except OSError as error:
         reason = f"{out}: {error.strerror}; choose another folder with --out"
         raise ConfigError(f"out: {reason}") from None
+    for note in notes:
+        log.line(f"not resumed from {note}")
     try:
-        if config.warming:
-            warm_up(trainer, warm, validation)
-            save_checkpoint(trainer.policy, trainer.tokenizer, out / "start")
-        samples = [evaluate(trainer, 0)]
-        reinforce(trainer, out, samples)
-        save_checkpoint(trainer.policy, trainer.tokenizer, out / "final")
-        print(write_report(out, config, trainer, samples), flush=True)
+        with Interruption() as interruption:
+            run = Run(config, out, trainer, Keeper(out, config.state_every), interruption)
+            run.go(state, validation, demonstrations)
     except RunError:
         raise
     except ValueError as error:
@@ -98,29 +108,6 @@ def build(config: Config) -> tuple[Trainer, list[Entry], Stream]:
     return trainer, validation, Stream(demonstrations, exclude)
 
 
-def warm_up(trainer: Trainer, stream: Stream, validation: list[Entry]) -> None:
-    config, log = trainer.config, trainer.log
-    start = time.perf_counter()
-
-    def report(step: int, loss: float, reached: float) -> None:
-        seconds = time.perf_counter() - start
-        left = seconds / step * (config.warm_steps - step)
-        log.record("warm", step=step, loss=loss, pass_1=reached)
-        log.line(
-            f"warm start {step:4d}  loss {loss:.3f}  pass@1 {reached:.3f} of {config.warm_target}"
-            f"  {clock(seconds)}, at most {clock(left)} left"
-        )
-
-    steps, reached = warm_start(
-        trainer.policy, trainer.tokenizer, stream, lambda: trainer.evaluate(validation, 1.0)[0],
-        target=config.warm_target, wrong=config.warm_wrong, steps=config.warm_steps,
-        batch=config.warm_batch, lr=config.warm_lr, seed=config.seed, report=report,
-    )  # fmt: skip
-    trainer.parts.hold()  # a KL is to the policy that RL starts from
-    seconds = time.perf_counter() - start
-    log.record("warm_end", step=steps, pass_1=reached, seconds=seconds)
-
-
 def evaluate(trainer: Trainer, step: int) -> list[str]:
     """Greedy and sampled score on the held-out prompts; returns the greedy completions."""
     start = time.perf_counter()
@@ -131,22 +118,118 @@ def evaluate(trainer: Trainer, step: int) -> list[str]:
     return texts
 
 
-def reinforce(trainer: Trainer, out: Path, samples: list[list[str]]) -> None:
-    """The RL phase: steps, evaluations, checkpoints, one line each time something is known."""
-    config, log = trainer.config, trainer.log
-    show(trainer, 0, 0.0)
-    start = time.perf_counter()
-    for step in range(1, config.steps + 1):
-        metrics = trainer.step(step)
-        log.record("step", **metrics)
+class Run:
+    """What happens between a run's two ends, with a state to go on from at any edge of a step."""
+
+    def __init__(
+        self, config: Config, out: Path, trainer: Trainer, keeper: Keeper,
+        interruption: Interruption,
+    ) -> None:  # fmt: skip
+        self.config, self.out, self.trainer = config, out, trainer
+        self.keeper, self.interruption = keeper, interruption
+        self.samples: list[list[str]] = []  # greedy completions: before RL, and the last
+
+    def go(self, state: Path | None, validation: list[Entry], demonstrations: Stream) -> None:
+        found = None if state is None else read(state)
+        start, trainer, config = self.out / "start", self.trainer, self.config
+        if config.warming and (found is None or found["phase"] == "warm"):
+            self.warm_up(demonstrations, validation, state)
+            if not start.exists():  # a killed run may have come as far
+                save_checkpoint(trainer.policy, trainer.tokenizer, start)
+            found = None
+        step, measured = 0, False
+        if state is not None and found is not None:
+            if config.warming and config.beta:  # the KL is to where RL started
+                trainer.parts.reference = load_policy(str(start))[0]
+            restore(trainer, state)
+            step, measured = found["number"], found["measured"]
+            self.samples = found["samples"]
+            trainer.log.line(f"going on from step {step}")
+        if not measured:
+            self.measure(step, 0.0)
+        self.reinforce(step)
+        save_checkpoint(trainer.policy, trainer.tokenizer, self.out / "final")
+        try:
+            print(write_report(self.out, config, trainer, self.samples), flush=True)
+        except OSError as error:
+            raise TrainingError(f"the report was not written: {error}; final/ was") from error
+        shutil.rmtree(self.keeper.folder, ignore_errors=True)  # nothing is left to go on with
+
+    def edge(self, phase: str, number: int, **more: Any) -> None:
+        """Between two steps: save a state if it is time; end the run if it was asked to."""
+        if self.interruption.signal is None and not self.keeper.due(number):
+            return
+        saved = self.keeper.save(self.trainer, phase, number, **more)
+        self.interruption.end(f"{phase} {number}", self.out if saved else None)
+
+    def warm_up(self, demonstrations: Stream, validation: list[Entry], state: Path | None) -> None:
+        trainer, config, log = self.trainer, self.config, self.trainer.log
+        start = time.perf_counter()
+        warm = WarmStart(
+            trainer.policy, trainer.tokenizer, demonstrations,
+            lambda: trainer.evaluate(validation, 1.0)[0], target=config.warm_target,
+            wrong=config.warm_wrong, steps=config.warm_steps, batch=config.warm_batch,
+            lr=config.warm_lr, seed=config.seed,
+        )  # fmt: skip
+        if state is not None:
+            restore(trainer, state, warm.optimizer)
+            warm.back_to((found := read(state))["number"], found["warm"])
+            log.line(f"going on from warm start {warm.step}")
+        first = warm.step
+        for loss in warm:
+            seconds = time.perf_counter() - start
+            if warm.step % CHECK_EVERY == 0:
+                left = seconds / (warm.step - first) * (config.warm_steps - warm.step)
+                log.record("warm", step=warm.step, loss=loss, pass_1=warm.reached)
+                log.line(
+                    f"warm start {warm.step:4d}  loss {loss:.3f}  pass@1 {warm.reached:.3f} of "
+                    f"{config.warm_target}  {clock(seconds)}, at most {clock(left)} left"
+                )
+            self.edge("warm", warm.step, warm=warm.edge(), optimizer=warm.optimizer)
+        trainer.parts.hold()  # a KL is to the policy that RL starts from
         seconds = time.perf_counter() - start
-        left = clock(seconds / step * (config.steps - step))
-        log.progress(f"step {step}/{config.steps}  reward {metrics['reward']:.3f}  {left} left")
-        if step % config.eval_every == 0 or step == config.steps:
-            samples[1:] = [evaluate(trainer, step)]
-            show(trainer, step, seconds / step * (config.steps - step))
-        if config.save_every and step % config.save_every == 0 and step < config.steps:
-            save_checkpoint(trainer.policy, trainer.tokenizer, out / f"step-{step:06d}")
+        log.record("warm_end", step=warm.step, pass_1=warm.reached, seconds=seconds)
+
+    def reinforce(self, done: int) -> None:
+        """Steps, evaluations, checkpoints, one line each time something is known."""
+        trainer, config, log = self.trainer, self.config, self.trainer.log
+        start = time.perf_counter()
+        for step in range(done + 1, config.steps + 1):
+            self.edge("step", step - 1, samples=self.samples, measured=True)
+            metrics = self.step(step)
+            log.record("step", **metrics)
+            seconds = (time.perf_counter() - start) / (step - done) * (config.steps - step)
+            left = clock(seconds)
+            log.progress(f"step {step}/{config.steps}  reward {metrics['reward']:.3f}  {left} left")
+            if config.save_every and step % config.save_every == 0 and step < config.steps:
+                folder = self.out / f"step-{step:06d}"
+                if not (done and folder.exists()):  # one that went on writes the same again
+                    save_checkpoint(trainer.policy, trainer.tokenizer, folder)
+            if step % config.eval_every == 0 or step == config.steps:
+                self.measure(step, seconds)
+
+    def measure(self, step: int, left: float) -> None:
+        """Evaluate; a task that fails in it leaves a state that evaluates first."""
+        try:
+            texts = evaluate(self.trainer, step)
+        except Exception:
+            more = {"samples": self.samples, "measured": False}
+            self.keeper.save(self.trainer, "step", step, **more)
+            raise
+        self.samples[1 if step else 0 :] = [texts]
+        show(self.trainer, step, left)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One that fails before it moved the weights leaves the state of its beginning."""
+        edge = self.trainer.edge()
+        try:
+            return self.trainer.step(step)
+        except Exception:
+            if not self.trainer.stepped:
+                self.trainer.back_to(edge)
+                more = {"samples": self.samples, "measured": True}
+                self.keeper.save(self.trainer, "step", step - 1, **more)
+            raise
 
 
 def show(trainer: Trainer, step: int, left: float) -> None:

@@ -15,6 +15,7 @@ disagreement is how masking, cache and position bugs show.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -31,6 +32,7 @@ from .errors import TrainingError
 from .generate import Rollout, decode, generate, score
 from .log import Log
 from .policy import Policy, Tokenizer
+from .state import dump_random, load_random
 from .tasks import Entry, Stream, Task
 from .teacher import load_teacher
 from .update import Batch, Update, extreme, make_objective, merge
@@ -71,9 +73,23 @@ class Trainer:
         self.skipped = self.skipped_in_a_row = 0
         self.gap: float | None = None  # the largest of the run; None: nothing compared yet
         self.replay: float | None = None  # the smallest of the run, likewise
+        self.stepped = False  # have the weights moved since the step began?
+
+    def edge(self) -> dict[str, Any]:
+        """What a step changes beside weights and optimizer, as it is between two steps."""
+        names = ("skipped", "skipped_in_a_row", "gap", "replay")
+        kept = {name: getattr(self, name) for name in names}
+        return {**kept, "cursor": self.stream.cursor, "shuffle": dump_random(self.shuffle)}
+
+    def back_to(self, edge: dict[str, Any]) -> None:
+        for name in ("skipped", "skipped_in_a_row", "gap", "replay"):
+            setattr(self, name, edge[name])
+        self.stream.cursor = edge["cursor"]
+        load_random(self.shuffle, edge["shuffle"])
 
     def step(self, index: int) -> dict[str, Any]:
         """Sample, score, update; returns the step's metrics."""
+        self.stepped = False
         rate = self.learning_rate(index)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -173,12 +189,33 @@ class Trainer:
             else:
                 first = dict(metrics)
             if not self.allowed(finite):
+                self.keep(batch, metrics)
                 break
             self.check_replay(first.get("replay"))
             self.check_gap(first["sampler_gap"])
+            self.stepped = True
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return first
+
+    def keep(self, batch: Batch, metrics: dict[str, float]) -> None:
+        """The batch of a skipped step, to look at; of the first few only."""
+        path = self.log.folder / f"skipped-{self.skipped}.json"
+        if self.skipped > SKIPS:
+            return
+        rollout, texts = batch.rollout, decode(batch.rollout, self.tokenizer)
+        rows = [
+            {"prompt": self.tokenizer.decode(batch.prompts[row // self.config.group]),
+             "completion": text, "advantage": float(batch.advantages[row]),
+             "logp": [float(x) for x in rollout.logp[row, : rollout.lengths[row]]]}
+            for row, text in enumerate(texts)
+        ]  # fmt: skip
+        shown = {name: metrics[name] for name in ("loss", "grad_norm") if name in metrics}
+        try:
+            path.write_text(json.dumps({"metrics": {k: str(v) for k, v in shown.items()},
+                                        "normalizer": batch.normalizer, "rows": rows}))  # fmt: skip
+        except OSError as error:
+            self.log.line(f"warning: {path.name}: {error.strerror}")
 
     def gradient(self, batch: Batch, first_pass: bool) -> dict[str, float]:
         """Accumulate the gradient over micro-batches of whole groups; the sum is exact."""

@@ -8,7 +8,7 @@ consistent way (sorts descending, copies instead of reversing, forgets carries).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import vgkern
 
 from .errors import TrainingError
 from .policy import Policy, Tokenizer
+from .state import dump_random, load_random
 from .tasks import Entry, Stream
 
 CHECK_EVERY = 20  # steps; a check costs about a fifth of a step
@@ -49,47 +50,70 @@ def supervised_loss(policy: Policy, tokenizer: Tokenizer, pairs: list[tuple[str,
     return -logp.sum() / lengths.sum()
 
 
-def warm_start(
-    policy: Policy,
-    tokenizer: Tokenizer,
-    stream: Stream,
-    measure: Callable[[], float],  # sampled pass@1 on validation prompts
-    *,
-    target: float,
-    wrong: float,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    report: Callable[[int, float, float], None],  # step, loss, pass@1
-) -> tuple[int, float]:
-    """Train until `measure()` reaches `target`; return the steps taken and the last measure."""
-    task = stream.task
-    if wrong and not hasattr(task, "wrong"):
-        raise ValueError(f"warm_wrong: got {wrong}; allowed: 0, task {task.name!r} has no teacher")
-    rng = random.Random(f"warm start/{seed}")
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
-    reached = 0.0
-    for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, step / LR_WARMUP)
-        entries = stream.take(batch)
-        pairs = [(entry.question, demonstrate(task, entry, wrong, rng)) for entry in entries]
-        loss = supervised_loss(policy, tokenizer, pairs)
-        optimizer.zero_grad(set_to_none=True)
+class WarmStart:
+    """One step at a time, until `measure()` reaches `target`; all its state is `step`, `reached`,
+    `rng`, the optimizer and the stream's cursor."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: Tokenizer,
+        stream: Stream,
+        measure: Callable[[], float],  # sampled pass@1 on validation prompts
+        *,
+        target: float,
+        wrong: float,
+        steps: int,
+        batch: int,
+        lr: float,
+        seed: int,
+    ) -> None:
+        task = stream.task
+        if wrong and not hasattr(task, "wrong"):
+            raise ValueError(
+                f"warm_wrong: got {wrong}; allowed: 0, task {task.name!r} has no teacher"
+            )
+        self.policy, self.tokenizer, self.stream, self.measure = policy, tokenizer, stream, measure
+        self.target, self.wrong, self.steps, self.batch, self.lr = target, wrong, steps, batch, lr
+        self.rng = random.Random(f"warm start/{seed}")
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
+        self.step, self.reached = 0, 0.0
+
+    def __iter__(self) -> Iterator[float]:
+        """Trains; yields the loss after every step. Raises TrainingError when `steps` are not
+        enough."""
+        while self.step < self.steps and not (self.step and self.reached >= self.target):
+            self.step += 1
+            loss = self.advance()
+            if self.step % CHECK_EVERY == 0:
+                self.reached = self.measure()
+            yield loss
+        if self.reached < self.target:
+            raise TrainingError(
+                f"warm_target: sampled pass@1 reached {self.reached:.3f} of {self.target} in "
+                f"{self.steps} steps; lower --warm-target, or raise --warm-steps"
+            )
+
+    def advance(self) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, self.step / LR_WARMUP)
+        entries, task = self.stream.take(self.batch), self.stream.task
+        pairs = [(e.question, demonstrate(task, e, self.wrong, self.rng)) for e in entries]
+        loss = supervised_loss(self.policy, self.tokenizer, pairs)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         if not bool(torch.isfinite(norm)):
-            raise TrainingError(f"warm start: gradient norm {norm.item()} at step {step}")
-        optimizer.step()
-        if step % CHECK_EVERY == 0:
-            reached = measure()
-            report(step, float(loss.detach()), reached)
-            if reached >= target:
-                return step, reached
-    raise TrainingError(
-        f"warm_target: sampled pass@1 reached {reached:.3f} of {target} in {steps} steps; lower "
-        f"--warm-target, or raise --warm-steps"
-    )
+            raise TrainingError(f"warm start: gradient norm {norm.item()} at step {self.step}")
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def edge(self) -> dict[str, Any]:
+        return {"reached": self.reached, "cursor": self.stream.cursor,
+                "random": dump_random(self.rng)}  # fmt: skip
+
+    def back_to(self, step: int, edge: dict[str, Any]) -> None:
+        self.step, self.reached, self.stream.cursor = step, edge["reached"], edge["cursor"]
+        load_random(self.rng, edge["random"])
