@@ -69,7 +69,10 @@ class Broken:
         return self.result
 
 
-@pytest.mark.parametrize("result", [KeyError("x"), math.nan, math.inf, None, "1", [1.0], 1 + 2j])
+BAD = (KeyError("x"), math.nan, math.inf, "1", [1.0], 1 + 2j, {}, {"a": "1"}, {2: 1.0})
+
+
+@pytest.mark.parametrize("result", BAD)
 def test_a_score_that_is_no_number_names_the_sample(result):
     with pytest.raises(TaskError, match=r"task 'broken', question 'q', completion 'text': score"):
         checked_score(Broken(result), "text", Entry("q", "a"))
@@ -77,7 +80,7 @@ def test_a_score_that_is_no_number_names_the_sample(result):
 
 @pytest.mark.parametrize("result", [1, True, 0.5])
 def test_a_score_that_is_a_number_passes(result):
-    assert checked_score(Broken(result), "text", Entry("q", "a")) == float(result)
+    assert checked_score(Broken(result), "text", Entry("q", "a")) == (float(result), {})
 
 
 def test_stream_excludes_questions_and_resumes_at_its_cursor():

@@ -140,7 +140,8 @@ def test_an_answer_without_a_stop_is_never_right():
         torch.tensor([True, False]),
     )  # fmt: skip
     texts = decode(rollout, policy_tokenizer)
-    assert texts == ["12", "12"] and score(task, texts, [entry], rollout) == [1.0, 0.0]
+    given = score(task, texts, [entry], rollout)
+    assert texts == ["12", "12"] and [reward.value for reward in given] == [1.0, 0.0]
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(monkeypatch):

@@ -30,9 +30,13 @@ def _option(
 
 @dataclass(frozen=True)
 class Config:
-    task: str = _option("sort", "sort, reverse, addition or reasoning_gym:NAME")
+    task: str = _option(
+        "sort", "sort, reverse, addition, reasoning_gym:NAME, file.py:Name or data.jsonl"
+    )
     task_options: str = _option("{}", "options of the task, as JSON: '{\"max_length\": 10}'")
-    few_shot: int = _option(0, "fixed examples before every question (reasoning_gym)", 0)
+    few_shot: int = _option(
+        0, "fixed examples before every question (reasoning_gym, data.jsonl)", 0
+    )
     model: str = _option("", "checkpoint folder, or a Hugging Face name; empty: a new small model")
     out: str = _option("", "output folder; empty: runs/<task>-<time>")
     seed: int = _option(0, "seed of weights, data order and sampling", 0, 2**62)
@@ -80,6 +84,11 @@ class Config:
     )
     micro_prompts: int = _option(0, "prompts per backward pass; 0: all at once", 0)
     replay_every: int = _option(1, "steps between replays of the sampler's noise; 0: never", 0)
+    cut_off: str = _option(
+        "score", "a sample that ran on has: the task's score of its text, at most that of an empty "
+        "answer; cut_off_value; or no part in the loss", choices=("score", "value", "mask"),
+    )  # fmt: skip
+    cut_off_value: float = _option(0.0, "the reward of a sample that ran on, under value")
     shuffle_rewards: bool = _option(False, "control: rewards dealt to random samples")
 
     eval_every: int = _option(10, "steps between evaluations", 1)
@@ -134,6 +143,11 @@ class Config:
                     f"allowed: {spec.default!r}, or {remedy}"
                 )
 
+        if self.cut_off_value and self.cut_off != "value":
+            raise ConfigError(
+                f"cut_off_value: got {self.cut_off_value!r}, which does nothing under cut_off "
+                f"{self.cut_off!r}; allowed: 0.0, or cut_off = 'value'"
+            )
         self._check_sparse()
 
     def _check_sparse(self) -> None:

@@ -6,6 +6,7 @@ same whatever else is in the batch, and a run can be replayed from its metrics.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 import vgkern
 
 from .policy import Policy, Tokenizer
-from .tasks import Entry, Task, checked_score
+from .tasks import Entry, Reward, Task, checked_score
 
 
 class Rollout(NamedTuple):
@@ -25,15 +26,18 @@ class Rollout(NamedTuple):
     lengths: Tensor  # [R] int64, end of sequence included
     finished: Tensor  # [R] bool: ended by itself, not cut off
     sequence: Tensor | None = None  # [R] int64: with the run's seed, where the noise is
+    teaches: Tensor | None = None  # [R] bool: has a reward; None: all have
 
     @property
-    def mask(self) -> Tensor:  # [R, w] bool
-        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
+    def mask(self) -> Tensor:  # [R, w] bool: tokens of samples that teach
+        mask = torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        return mask if self.teaches is None else mask & self.teaches[:, None]
 
     def select(self, rows: Tensor) -> Rollout:
-        sequence = None if self.sequence is None else self.sequence[rows]
         tokens, logp, lengths, finished = (field[rows] for field in self[:4])
-        return Rollout(tokens, logp, lengths, finished, sequence)
+        sequence = None if self.sequence is None else self.sequence[rows]
+        teaches = None if self.teaches is None else self.teaches[rows]
+        return Rollout(tokens, logp, lengths, finished, sequence, teaches)
 
 
 def generate(
@@ -88,10 +92,26 @@ def decode(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(row[:n]) for row, n in zip(rows, lengths, strict=True)]
 
 
-def score(task: Task, texts: list[str], entries: list[Entry], rollout: Rollout) -> list[float]:
-    """One reward per row; a completion that was cut off is never right."""
+CUT_OFF = ("score", "value", "mask")
+
+
+def score(
+    task: Task, texts: list[str], entries: list[Entry], rollout: Rollout, cut_off: str = "score",
+    value: float = 0.0,
+) -> list[Reward]:  # fmt: skip
+    """One reward per row. A completion that was cut off has, by `cut_off`: "score", the task's
+    score of its text, but at most that of an empty answer, so that running on is never better than
+    giving up, whatever the task gives a wrong one; "value", `value`; "mask", none at all."""
     group = len(texts) // len(entries)
-    return [
-        checked_score(task, text, entries[row // group]) if done else 0.0
-        for row, (text, done) in enumerate(zip(texts, rollout.finished.tolist(), strict=True))
-    ]
+    found = []
+    for row, (text, done) in enumerate(zip(texts, rollout.finished.tolist(), strict=True)):
+        entry = entries[row // group]
+        if not done and cut_off != "score":
+            found.append(Reward(value if cut_off == "value" else math.nan, {}))
+            continue
+        reward = checked_score(task, text, entry)
+        if not done:
+            empty = checked_score(task, "", entry)
+            reward = empty if empty.value < reward.value else reward
+        found.append(reward)
+    return found

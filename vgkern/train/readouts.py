@@ -87,8 +87,9 @@ def measure(
             policy, prompts[some], tokenizer.stops, group=sampling.group, max_new=task.max_new,
             seed=sampling.seed, sequence=ids, temperature=sampling.temperature,
         )  # fmt: skip
-        rewards = score(task, decode(rollout, tokenizer), entries[some], rollout)
-        parts.append(read(policy, prompts[some], rollout, torch.tensor(rewards), ids, sampling))
+        given = score(task, decode(rollout, tokenizer), entries[some], rollout)
+        rewards = torch.tensor([reward.value for reward in given]).nan_to_num(0.0)
+        parts.append(read(policy, prompts[some], rollout, rewards, ids, sampling))
         show(min(at + size, len(prompts)), len(prompts))
     names = [field.name for field in fields(Groups)]
     groups = Groups(**{n: torch.cat([getattr(g, n) for g, _ in parts]) for n in names})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -19,16 +20,19 @@ from .interrupt import Interruption
 from .log import Log, clock
 from .report import write_report
 from .state import Keeper, find, read, restore
-from .tasks import Entry, Stream, make_task
+from .tasks import Entry, Stream, Task, make_task
+from .tasks_own import JsonlTask, from_python
 from .trainer import Trainer
 from .warmstart import CHECK_EVERY, WarmStart
 
 VALIDATION = 256  # prompts that stop the warm start; never those of the evaluation
 
 
-def train(config: Config, resume: Path | None = None) -> Path:
+def train(config: Config, resume: Path | None = None, *, task: Any = None) -> Path:
     """Run `config`; returns the output folder. resume: the folder of a run that was interrupted,
-    which goes on from its newest whole state, bit for bit as if nothing had happened.
+    which goes on from its newest whole state, bit for bit as if nothing had happened. task: an
+    object in place of `config.task` (`task[i]` gives question and answer, `score(text, entry)` a
+    number), or a function of a split's seed ("held out 0", "train 0") that makes one.
 
     SIGINT and SIGTERM save a state at the next step's edge and raise `Stopped`.
     """
@@ -39,7 +43,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     out = free_folder(config) if resume is None else resume
     state, notes = (None, []) if resume is None else find(resume)
     try:
-        trainer, validation, demonstrations = build(config)
+        trainer, validation, demonstrations = build(config, task)
     except ValueError as error:  # a task's or model's own words for a setting it cannot take
         raise ConfigError(str(error)) from error
     print(f"vgkern train: {out}\n{config.show()}", flush=True)
@@ -69,18 +73,29 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
 
 def free_folder(config: Config) -> Path:
-    name = f"{config.task.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    task = re.sub(r"[^\w.-]+", "-", config.task.rpartition("/")[2])
+    name = f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(config.out) if config.out else Path("runs", name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} holds another run; choose another folder with --out")
     return out
 
 
-def build(config: Config) -> tuple[Trainer, list[Entry], Stream]:
+def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream]:
     """Everything that can fail, before anything is written: data, policy, trainer."""
 
+    def make(split: str) -> Task:
+        if own is not None:
+            return from_python(own, split)
+        return make_task(config.task, config.options, split, config.few_shot)
+
     def entries(split: str, count: int, exclude: frozenset[str]) -> list[Entry]:
-        task = make_task(config.task, config.options, split, config.few_shot)
+        task = make(split)
+        there = getattr(task, "count", None)  # of data that ends; a part of it is to train on
+        if there is not None and own is None and isinstance(task, JsonlTask):
+            count = min(count, there)
+        elif there is not None:
+            count = min(count, max(1, there // 10))
         return Stream(task, exclude).take(count, distinct=True)
 
     held_out = entries(f"held out {config.eval_seed}", config.eval_prompts, frozenset())
@@ -92,8 +107,7 @@ def build(config: Config) -> tuple[Trainer, list[Entry], Stream]:
             raise
         validation = []
     exclude |= {entry.question for entry in validation}
-    task = make_task(config.task, config.options, f"train {config.seed}", config.few_shot)
-    demonstrations = make_task(config.task, config.options, f"warm {config.seed}", config.few_shot)
+    task, demonstrations = make(f"train {config.seed}"), make(f"warm {config.seed}")
     if config.warming and config.warm_wrong and not hasattr(task, "wrong"):
         raise ConfigError(
             f"warm_wrong: got {config.warm_wrong}; allowed: 0, task {task.name!r} has no teacher"

@@ -6,9 +6,10 @@ writes is ever evaluated as code.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .errors import TaskError
 
@@ -26,8 +27,9 @@ class Task(Protocol):
 
     def __getitem__(self, index: int) -> Entry: ...
 
-    def score(self, text: str, entry: Entry) -> float:
-        """1 for a right answer, 0 for a wrong one; anything between is fine too."""
+    def score(self, text: str, entry: Entry) -> Any:
+        """1 for a right answer, 0 for a wrong one; any real number is fine, None (this sample
+        teaches nothing), and a dict of named parts, which are added up."""
         ...
 
 
@@ -133,34 +135,79 @@ BUILT_IN: dict[str, type[_Exact]] = {task.name: task for task in (Sort, Reverse,
 
 
 def make_task(name: str, options: dict[str, Any], seed: int | str, few_shot: int = 0) -> Task:
-    """A built-in task, or `reasoning_gym:NAME` for any data set of that package."""
+    """A built-in task, `reasoning_gym:NAME` for any data set of that package, a class of a Python
+    file (`path/to/file.py:Name`) or questions and answers (`data.jsonl`)."""
     if name.startswith("reasoning_gym:"):
         from .tasks_gym import GymTask
 
         return GymTask(name.removeprefix("reasoning_gym:"), options, seed, few_shot)
+    if name.endswith((".jsonl", ".json")):
+        from .tasks_own import JsonlTask
+
+        return JsonlTask(name, options, seed, few_shot)
+    if ".py" in name:
+        from .tasks_own import from_file
+
+        _no_examples(name, few_shot)
+        return from_file(name, options, seed)
     if name not in BUILT_IN:
-        raise ValueError(f"task: got {name!r}; allowed: {', '.join(BUILT_IN)}, reasoning_gym:NAME")
-    if few_shot:
-        raise ValueError(f"few_shot: got {few_shot}; allowed: 0 for the built-in task {name!r}")
+        allowed = f"{', '.join(BUILT_IN)}, reasoning_gym:NAME, file.py:Name, data.jsonl"
+        raise ValueError(f"task: got {name!r}; allowed: {allowed}")
+    _no_examples(name, few_shot)
     try:
         return BUILT_IN[name](seed=seed, **options)
     except TypeError as error:
         raise ValueError(f"task_options: got {options}; {error}") from None
 
 
+def _no_examples(name: str, few_shot: int) -> None:
+    if few_shot:
+        raise ValueError(f"few_shot: got {few_shot}; allowed: 0 for the task {name!r}")
+
+
 MOST = 1e6  # a larger reward is a fault of the task, and its square would leave fp32
 
 
-def checked_score(task: Task, text: str, entry: Entry) -> float:
-    """`task.score`, or one exception that says which sample it failed on, and how."""
+class Reward(NamedTuple):
+    """What a task says of one sample."""
+
+    value: float  # NaN: the sample teaches nothing
+    parts: dict[str, float]  # what it is the sum of, where the task names that
+
+
+def checked_score(task: Task, text: str, entry: Entry) -> Reward:
+    """`task.score`, or one exception that says which sample it failed on, and how.
+
+    A score is a real number of Python, numpy or torch, None where the sample is to teach nothing,
+    or a dict of named parts that are added up.
+    """
     where = f"task {task.name!r}, question {entry.question!r}, completion {text!r}"
     try:
-        reward = task.score(text, entry)
+        found: Any = task.score(text, entry)
+        parts = found if isinstance(found, dict) else {}
+        given = [*parts.values()] if parts else [found]
+        numbers = [None if x is None else _real(x) for x in given]
     except Exception as error:
         raise TaskError(f"{where}: score raised {type(error).__name__}: {error}") from error
-    if not isinstance(reward, bool | int | float) or not abs(reward) <= MOST:
-        raise TaskError(f"{where}: score returned {reward!r}; allowed: a float within +-{MOST:g}")
-    return float(reward)
+    bad = any(x is not None and math.isnan(x) for x in numbers)
+    if bad or found == {} or not all(isinstance(name, str) for name in parts):
+        raise TaskError(
+            f"{where}: score returned {found!r}; allowed: a float within +-{MOST:g}, None, or a "
+            f"dict of named ones"
+        )
+    if None in numbers:
+        return Reward(math.nan, {})
+    values = [x for x in numbers if x is not None]
+    return Reward(sum(values), dict(zip(parts, values, strict=True)) if parts else {})
+
+
+def _real(x: Any) -> float:
+    """A number of Python, numpy or torch; NaN for anything else, and beyond `MOST`."""
+    if not isinstance(x, bool | int | float):
+        if getattr(x, "ndim", None) != 0 or not hasattr(x, "item"):
+            return math.nan
+        x = x.item()
+    return float(x) if isinstance(x, bool | int | float) and abs(x) <= MOST else math.nan
 
 
 class Stream:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -73,6 +74,7 @@ class Trainer:
         self.skipped = self.skipped_in_a_row = 0
         self.gap: float | None = None  # the largest of the run; None: nothing compared yet
         self.replay: float | None = None  # the smallest of the run, likewise
+        self.reward_parts: dict[str, float] = {}  # of the last step, by the task's own names
         self.stepped = False  # have the weights moved since the step began?
 
     def edge(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class Trainer:
         entries, prompts, rollout = self.sample(index)
         t1 = time.perf_counter()
         rewards = self.score(entries, rollout)
+        taught = ~rewards.isnan()
         batch = self.batch(prompts, rollout, rewards)
         t2 = time.perf_counter()
         skipped, every = self.skipped, self.config.replay_every
@@ -108,7 +111,9 @@ class Trainer:
         return {
             **metrics,  # of what was trained on: groups without a gradient are not among it
             "step": index,
-            "reward": float(rewards.mean()),
+            "reward": float(rewards[taught].mean()) if taught.any() else 0.0,
+            **self.reward_parts,
+            **({} if taught.all() else {"taught": float(taught.float().mean())}),
             "groups_used": len(batch.prompts),
             "tokens": int(rollout.lengths.sum()),
             "length": float(rollout.lengths.float().mean()),
@@ -139,34 +144,57 @@ class Trainer:
         )  # fmt: skip
         return entries, prompts, rollout
 
-    def score(self, entries: list[Entry], rollout: Rollout) -> Tensor:  # [R]
-        rewards = score(self.task, decode(rollout, self.tokenizer), entries, rollout)
-        if self.config.shuffle_rewards:
+    def score(self, entries: list[Entry], rollout: Rollout) -> Tensor:  # [R], NaN: teaches nothing
+        config = self.config
+        given = score(self.task, decode(rollout, self.tokenizer), entries, rollout,
+                      config.cut_off, config.cut_off_value)  # fmt: skip
+        named = {name for reward in given for name in reward.parts}
+        self.reward_parts = {
+            f"reward_{name}": statistics.fmean(r.parts[name] for r in given if name in r.parts)
+            for name in sorted(named)
+        }
+        rewards = [reward.value for reward in given]
+        if config.shuffle_rewards:
             self.shuffle.shuffle(rewards)
         return torch.tensor(rewards)
 
     def batch(self, prompts: list[list[int]], rollout: Rollout, rewards: Tensor) -> Batch:
-        """Advantages, and the groups that have any (all of them when a KL term does)."""
+        """Advantages, and the groups that have any (all of them when a KL term does).
+
+        A sample without a reward (NaN) is neither in its group's mean nor in the loss, and so is
+        one that is left alone in its group.
+        """
         count, group = len(prompts), self.config.group
         ids = torch.arange(count).repeat_interleave(group)
-        advantages = vgkern.group_advantages(rewards, ids, estimator=self.objective.advantage)
-        advantages = self.config.reward_coef * advantages
+        teaches = ~rewards.isnan()
+        teaches &= (teaches.view(count, group).sum(1) > 1).repeat_interleave(group)
+        advantages = torch.zeros_like(rewards)
+        if bool(teaches.all()):
+            advantages = self.advantages(rewards, ids)
+        elif bool(teaches.any()):
+            rollout = rollout._replace(teaches=teaches)
+            advantages[teaches] = self.advantages(rewards[teaches], ids[teaches])
         kept = (advantages.view(count, group) != 0).any(1)
         if self.parts.everywhere:
-            kept = torch.ones_like(kept)
+            kept = teaches.view(count, group).any(1)
         rows = kept.repeat_interleave(group).nonzero()[:, 0]
         return Batch(
             [prompt for prompt, keep in zip(prompts, kept.tolist(), strict=True) if keep],
             rollout.select(rows),
             advantages[rows],
-            self.normalizer(rollout),
+            self.normalizer(rollout, teaches),
         )
 
-    def normalizer(self, rollout: Rollout) -> float:
-        """The denominator of the objective's reduction over *all* sampled rows."""
-        rows = len(rollout.lengths)
+    def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        estimator = self.objective.advantage
+        found = vgkern.group_advantages(rewards, groups, estimator=estimator)
+        return self.config.reward_coef * found
+
+    def normalizer(self, rollout: Rollout, teaches: Tensor) -> float:
+        """The denominator of the objective's reduction over *all* sampled rows that teach."""
+        rows = int(teaches.sum())
         return {
-            "token": float(rollout.lengths.sum()),
+            "token": float(rollout.lengths[teaches].sum()),
             "seq": float(rows),
             "seq_sum": float(rows),
             "fixed": float(rows * (self.objective.max_length or self.task.max_new)),
@@ -286,5 +314,7 @@ class Trainer:
             seed=self.config.seed + EVAL_KEY, sequence=torch.arange(len(entries)),
         )  # fmt: skip
         texts = decode(rollout, self.tokenizer)
-        rewards = score(self.task, texts, entries, rollout)
-        return sum(rewards) / len(rewards), texts
+        how = "value" if self.config.cut_off == "value" else "score"  # of a mask nothing is left
+        given = score(self.task, texts, entries, rollout, how, self.config.cut_off_value)
+        rewards = [reward.value for reward in given if not math.isnan(reward.value)]
+        return sum(rewards) / max(1, len(rewards)), texts
