@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -236,7 +237,7 @@ def test_any_real_number_is_a_score(x):
         def score(self, text, entry):
             return x
 
-    assert checked_score(One(), "t", Entry("q", "a")) == (float(x), {})
+    assert checked_score(One(), "t", Entry("q", "a")) == (float(x), {}, False)
 
 
 def test_parts_are_added_and_logged_and_none_teaches_nothing():
@@ -325,6 +326,32 @@ def test_running_on_is_never_better_than_answering_wrongly():
     assert ran_on(Strict(), ["a", "b"], cut_off="value", value=-3.0) == [1.0, -3.0]
     masked = ran_on(Strict(), ["a", "b"], cut_off="mask")
     assert masked[0] == 1.0 and math.isnan(masked[1])
+
+
+def test_a_reward_that_hangs_is_ended_counted_and_named():
+    class Hangs(Pairs):
+        name = "hangs"
+
+        def score(self, text, entry):
+            if text == "bomb":
+                while True:
+                    pass
+            return 1.0 if text else -1.0
+
+    before = signal.getsignal(signal.SIGALRM)
+    assert checked_score(Hangs(), "bomb", Entry("q", "a"), 0.05) == (-1.0, {}, True)
+    assert checked_score(Hangs(), "x", Entry("q", "a"), 0.05) == (1.0, {}, False)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    made = trainer(score_seconds=0.05)
+    made.task = Hangs()
+    entries, _, rollout = made.sample(1)
+    rollout = rollout._replace(finished=torch.ones(16, dtype=torch.bool))
+    texts = iter(["x"] * 6 + ["bomb"] + ["x"] * 9)
+    made.tokenizer.decode = lambda ids: next(texts)
+    rewards = made.score(entries, rollout)
+    assert rewards.tolist() == [1.0] * 6 + [-1.0] + [1.0] * 9 and made.reward_parts == {"late": 1}
+    assert f"over 'bomb', question {entries[1].question!r}" in made.log.lines[0]
 
 
 def test_cut_off_in_a_run(tmp_path):

@@ -395,6 +395,20 @@ def test_torchs_own_random_state_comes_back(tmp_path):
     assert torch.equal(torch.rand(3), want)
 
 
+def test_weights_of_a_run_start_another_and_it_is_said(tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(CheckpointError, match=r"no final weights; .*: --resume"):
+        (out / "state").mkdir(parents=True)
+        values = {**dataclasses.asdict(LONG), "out": str(out)}
+        (out / "config.json").write_text(json.dumps(values))
+        run.train(dataclasses.replace(TINY, model=str(out), out=str(tmp_path / "other")))
+    run.save_checkpoint(*run.new_policy(TINY), out / "step-000002")
+    run.train(dataclasses.replace(TINY, model=str(out / "step-000002"), steps=1,
+                                  out=str(tmp_path / "third")))  # fmt: skip
+    assert f"a new run from these weights; --resume {out} would go on" in capsys.readouterr().err
+    run.train(dataclasses.replace(TINY, model=str(out), steps=1, out=str(tmp_path / "fourth")))
+
+
 def test_what_cannot_go_on_is_said(tmp_path, capsys):
     out = tmp_path / "run"
     with pytest.raises(ConfigError, match=r"--resume .*not the folder of a run"):

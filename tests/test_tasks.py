@@ -80,7 +80,7 @@ def test_a_score_that_is_no_number_names_the_sample(result):
 
 @pytest.mark.parametrize("result", [1, True, 0.5])
 def test_a_score_that_is_a_number_passes(result):
-    assert checked_score(Broken(result), "text", Entry("q", "a")) == (float(result), {})
+    assert checked_score(Broken(result), "text", Entry("q", "a")) == (float(result), {}, False)
 
 
 def test_stream_excludes_questions_and_resumes_at_its_cursor():

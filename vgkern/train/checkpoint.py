@@ -73,7 +73,8 @@ def find(model: str) -> tuple[str, dict[str, Any]]:
         if weights.is_dir():
             return str(weights), run
     raise CheckpointError(
-        f"{folder}: a run that has saved no final weights; name a checkpoint in it"
+        f"{folder}: a run that has saved no final weights; name a checkpoint in it, or go on with "
+        f"it: --resume {folder}"
     )
 
 

@@ -89,6 +89,7 @@ class Config:
         "answer; cut_off_value; or no part in the loss", choices=("score", "value", "mask"),
     )  # fmt: skip
     cut_off_value: float = _option(0.0, "the reward of a sample that ran on, under value")
+    score_seconds: float = _option(30.0, "the task may take over one sample; 0: no limit", 0)
     shuffle_rewards: bool = _option(False, "control: rewards dealt to random samples")
 
     eval_every: int = _option(10, "steps between evaluations", 1)

@@ -97,21 +97,22 @@ CUT_OFF = ("score", "value", "mask")
 
 def score(
     task: Task, texts: list[str], entries: list[Entry], rollout: Rollout, cut_off: str = "score",
-    value: float = 0.0,
+    value: float = 0.0, seconds: float = 0.0,
 ) -> list[Reward]:  # fmt: skip
     """One reward per row. A completion that was cut off has, by `cut_off`: "score", the task's
     score of its text, but at most that of an empty answer, so that running on is never better than
-    giving up, whatever the task gives a wrong one; "value", `value`; "mask", none at all."""
+    giving up, whatever the task gives a wrong one; "value", `value`; "mask", none at all. seconds:
+    see `checked_score`."""
     group = len(texts) // len(entries)
     found = []
     for row, (text, done) in enumerate(zip(texts, rollout.finished.tolist(), strict=True)):
         entry = entries[row // group]
         if not done and cut_off != "score":
-            found.append(Reward(value if cut_off == "value" else math.nan, {}))
+            found.append(Reward(value if cut_off == "value" else math.nan))
             continue
-        reward = checked_score(task, text, entry)
+        reward = checked_score(task, text, entry, seconds)
         if not done:
-            empty = checked_score(task, "", entry)
+            empty = checked_score(task, "", entry, seconds)
             reward = empty if empty.value < reward.value else reward
         found.append(reward)
     return found

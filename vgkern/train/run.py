@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint import find as find_weights
 from .checkpoint import load_policy, new_policy, save_checkpoint
 from .config import Config
 from .errors import ConfigError, RunError, TaskError, TrainingError
@@ -57,6 +58,8 @@ def train(config: Config, resume: Path | None = None, *, task: Any = None) -> Pa
     except OSError as error:
         reason = f"{out}: {error.strerror}; choose another folder with --out"
         raise ConfigError(f"out: {reason}") from None
+    if config.model and resume is None and (Path(config.model).parent / "state").is_dir():
+        log.line(f"a new run from these weights; --resume {Path(config.model).parent} would go on")
     for note in notes:
         log.line(f"not resumed from {note}")
     try:
@@ -112,7 +115,9 @@ def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream
         raise ConfigError(
             f"warm_wrong: got {config.warm_wrong}; allowed: 0, task {task.name!r} has no teacher"
         )
-    policy, tokenizer = load_policy(config.model) if config.model else new_policy(config)
+    policy, tokenizer = (
+        load_policy(find_weights(config.model)[0]) if config.model else new_policy(config)
+    )
     check = getattr(policy, "check", None)  # what cannot be encoded or is too long, said now
     prompts = [tokenizer.encode(entry.question) for entry in held_out + validation]
     if check is not None:

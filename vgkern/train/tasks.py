@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from .errors import TaskError
+from .interrupt import TookTooLong, limited
 
 
 @dataclass(frozen=True)
@@ -172,21 +175,27 @@ class Reward(NamedTuple):
     """What a task says of one sample."""
 
     value: float  # NaN: the sample teaches nothing
-    parts: dict[str, float]  # what it is the sum of, where the task names that
+    parts: Mapping[str, float] = MappingProxyType({})  # of what it is the sum, by the task's names
+    late: bool = False  # the task took too long over it
 
 
-def checked_score(task: Task, text: str, entry: Entry) -> Reward:
+def checked_score(task: Task, text: str, entry: Entry, seconds: float = 0.0) -> Reward:
     """`task.score`, or one exception that says which sample it failed on, and how.
 
     A score is a real number of Python, numpy or torch, None where the sample is to teach nothing,
-    or a dict of named parts that are added up.
+    or a dict of named parts that are added up. One that takes longer than `seconds` (0: no limit)
+    is that of an empty answer, so that a text that makes a task hang gains nothing by it.
     """
     where = f"task {task.name!r}, question {entry.question!r}, completion {text!r}"
     try:
-        found: Any = task.score(text, entry)
+        with limited(seconds):
+            found: Any = task.score(text, entry)
         parts = found if isinstance(found, dict) else {}
         given = [*parts.values()] if parts else [found]
         numbers = [None if x is None else _real(x) for x in given]
+    except TookTooLong:
+        empty = checked_score(task, "", entry, seconds) if text else Reward(math.nan)
+        return Reward(empty.value, {}, True)
     except Exception as error:
         raise TaskError(f"{where}: score raised {type(error).__name__}: {error}") from error
     bad = any(x is not None and math.isnan(x) for x in numbers)
@@ -196,7 +205,7 @@ def checked_score(task: Task, text: str, entry: Entry) -> Reward:
             f"dict of named ones"
         )
     if None in numbers:
-        return Reward(math.nan, {})
+        return Reward(math.nan)
     values = [x for x in numbers if x is not None]
     return Reward(sum(values), dict(zip(parts, values, strict=True)) if parts else {})
 

@@ -34,7 +34,7 @@ from .generate import Rollout, decode, generate, score
 from .log import Log
 from .policy import Policy, Tokenizer
 from .state import dump_random, load_random
-from .tasks import Entry, Stream, Task
+from .tasks import Entry, Reward, Stream, Task
 from .teacher import load_teacher
 from .update import Batch, Update, extreme, make_objective, merge
 
@@ -146,17 +146,34 @@ class Trainer:
 
     def score(self, entries: list[Entry], rollout: Rollout) -> Tensor:  # [R], NaN: teaches nothing
         config = self.config
-        given = score(self.task, decode(rollout, self.tokenizer), entries, rollout,
-                      config.cut_off, config.cut_off_value)  # fmt: skip
+        texts = decode(rollout, self.tokenizer)
+        given = self.graded(texts, entries, rollout, config.cut_off)
         named = {name for reward in given for name in reward.parts}
         self.reward_parts = {
             f"reward_{name}": statistics.fmean(r.parts[name] for r in given if name in r.parts)
             for name in sorted(named)
         }
+        if late := sum(reward.late for reward in given):
+            self.reward_parts["late"] = late
         rewards = [reward.value for reward in given]
         if config.shuffle_rewards:
             self.shuffle.shuffle(rewards)
         return torch.tensor(rewards)
+
+    def graded(
+        self, texts: list[str], entries: list[Entry], rollout: Rollout, cut_off: str
+    ) -> list[Reward]:
+        config = self.config
+        given = score(self.task, texts, entries, rollout, cut_off, config.cut_off_value,
+                      config.score_seconds)  # fmt: skip
+        for row, reward in enumerate(given):
+            if reward.late:
+                question = entries[row * len(entries) // len(given)].question
+                self.log.line(
+                    f"warning: task {self.task.name!r} took more than {config.score_seconds:g} s "
+                    f"over {texts[row]!r}, question {question!r}: scored as an empty answer"
+                )
+        return given
 
     def batch(self, prompts: list[list[int]], rollout: Rollout, rewards: Tensor) -> Batch:
         """Advantages, and the groups that have any (all of them when a KL term does).
@@ -315,6 +332,6 @@ class Trainer:
         )  # fmt: skip
         texts = decode(rollout, self.tokenizer)
         how = "value" if self.config.cut_off == "value" else "score"  # of a mask nothing is left
-        given = score(self.task, texts, entries, rollout, how, self.config.cut_off_value)
+        given = self.graded(texts, entries, rollout, how)
         rewards = [reward.value for reward in given if not math.isnan(reward.value)]
         return sum(rewards) / max(1, len(rewards)), texts
