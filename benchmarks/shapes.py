@@ -102,10 +102,11 @@ def packed_rows(repeat: int) -> list[dict]:
     rows = []
     for shape in ROWS:
         x = common.inputs(*shape, torch.float32)
-        b = shape[0] // SEQUENCE
-        lengths = torch.linspace(SEQUENCE // 4, SEQUENCE - SEQUENCE // 4, b).round().long()
-        live = torch.arange(SEQUENCE) < lengths[:, None]
-        padded = {k: x[k].view(b, SEQUENCE, *x[k].shape[1:]) for k in ("h", "y", "old")}
+        t = min(SEQUENCE, shape[0] // 2)
+        b = shape[0] // t
+        lengths = torch.linspace(t // 4, t - t // 4, b).round().long()
+        live = torch.arange(t) < lengths[:, None]
+        padded = {k: x[k].view(b, t, *x[k].shape[1:]) for k in ("h", "y", "old")}
         packed = {k: t[live] for k, t in padded.items()}
         a = {"w": x["w"], "a": torch.linspace(-1, 1, b)}
         ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 import vgkern
+from vgkern.tasks import Stream, make_task
 from vgkern.train import hf_load
 from vgkern.train.config import load_config
 from vgkern.train.generate import generate
-from vgkern.train.tasks import Stream, make_task
 
 PROMPTS = (
     "The history of the city begins with", "In mathematics, a prime number is", "def quicksort(",

@@ -10,10 +10,10 @@ from test_train import TINY, batch, gradient, trainer, weights
 
 import vgkern
 from vgkern.costate.analytic import analytic_loss_ref
+from vgkern.errors import ConfigError, RunError, TrainingError
 from vgkern.train import run, teacher
 from vgkern.train.checkpoint import new_policy, save_checkpoint
 from vgkern.train.config import Config
-from vgkern.train.errors import ConfigError, RunError, TrainingError
 from vgkern.train.tokenizer import CHARACTERS, CharTokenizer
 
 

@@ -242,3 +242,151 @@ def test_weights_cut_short_are_one_error(policy: HFPolicy, tmp_path: Path) -> No
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="no checkpoint folder, and not loadable"):
         hf_load.load(str(tmp_path))
+
+
+def other(kind: str, **changes: Any) -> Any:
+    """Two layers of another family, random weights."""
+    import transformers
+
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "initializer_range": 0.2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, kind + "Config")(**{**sizes, **changes})
+    return getattr(transformers, kind + "ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [("Granite", {"logits_scaling": 4.0}), ("Cohere", {"logit_scale": 0.25}),
+     ("Gemma2", {"final_logit_softcapping": 5.0, "head_dim": 8, "sliding_window": 64})],
+)  # fmt: skip
+def test_models_that_scale_their_logits_are_exact(kind: str, changes: Any, sampled: Any) -> None:
+    policy = HFPolicy(other(kind, **changes), blocked=[0])
+    hf_load.check(policy)
+    tokens, lengths = sampled
+    head, hidden = policy.head(), policy.hidden(PROMPTS, tokens, GROUP, lengths)
+    z = torch.nn.functional.linear(hidden[3], head.weight, head.bias)
+    z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    text = torch.tensor([PROMPTS[0] + tokens[3].tolist()])
+    own = policy.model(text).logits[0, len(PROMPTS[0]) - 1 :]
+    n = int(lengths[3])
+    live = torch.arange(VOCAB) != 0  # the blocked id
+    torch.testing.assert_close(z[:n, live], own[:n, live], atol=1e-4, rtol=1e-4)
+
+
+HYBRID = {
+    "Mamba": {"state_size": 4, "time_step_rank": 4},
+    "Bamba": {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 8,
+              "attn_layer_indices": [1]},
+    "Bloom": {"n_head": 6, "n_layer": 2},
+    "Falcon": {"alibi": True, "new_decoder_architecture": False, "multi_query": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HYBRID)
+def test_models_without_such_attention_are_one_line(kind: str) -> None:
+    policy = HFPolicy(other(kind, **HYBRID[kind]), name="theirs")
+    with pytest.raises(ValueError, match=r"^model theirs") as refused:
+        hf_load.check(policy)
+    assert "\n" not in str(refused.value)
+    assert kind in str(refused.value) or "differ from the model's own" in str(refused.value)
+
+
+def test_a_rope_that_depends_on_the_length_of_a_call_is_bounded() -> None:
+    long = {
+        "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 16, "rope_theta": 10000.0, "factor": 4.0,
+    }  # fmt: skip
+    model = tiny(rope_parameters=long, max_position_embeddings=64)
+    with torch.no_grad():  # the danger is real: the same prefix has other states in a longer call
+        ids = torch.arange(1, 31)[None]
+        short, whole = model.model(ids[:, :10])[0], model.model(ids)[0][:, :10]
+    assert (short - whole).abs().max() > 1e-2
+    policy = HFPolicy(model)
+    assert policy.window == 16
+    hf_load.check(policy)
+    with pytest.raises(ValueError, match=r"exceed what .* attends over, or was built for: 16"):
+        policy.check([[1] * 14], 8)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert HFPolicy(tiny(rope_parameters=dynamic)).window == 64
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+            "rope_theta": 10000.0}  # fmt: skip
+    assert HFPolicy(tiny(rope_parameters=yarn)).window == 64
+    nested = {"full_attention": long, "sliding_attention": {"rope_type": "default"}}
+
+    class Config:
+        rope_parameters = nested
+        max_position_embeddings = 64
+
+    assert hf._rope_limit(Config) == 16
+
+
+def words(**special: Any) -> Any:
+    """A tokenizer that appends its end, and has a line break in a token with text before it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {"<s>": 0, "</s>": 1, "<end>": 2, "a": 3, "b": 4, "5\n": 5, "\n": 6, "<unk>": 7}
+    made = Tokenizer(models.WordLevel(ids, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    made.decoder = decoders.Fuse()
+    made.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **special
+    )
+
+
+def test_prompts_start_once_and_do_not_end() -> None:
+    inner = words()
+    assert inner.encode("a b") == [0, 3, 4, 1] and inner.encode("<s> a")[:2] == [0, 0]
+    tokenizer = hf_load.HFTokenizer(inner)
+    assert tokenizer.encode("a b") == [0, 3, 4]
+    assert tokenizer.encode("<s> a") == [0, 3]
+    assert tokenizer.encode("a </s>")[-1] == 1  # the text's own
+
+
+def test_every_end_stops_and_text_before_a_line_break_is_kept() -> None:
+    from vgkern.train.generate import Rollout, decode
+
+    tokenizer = hf_load.HFTokenizer(words(pad_token="<end>"), ends=[2, 1])
+    assert tokenizer.stops == (1, 2, 5, 6)
+    assert 2 not in tokenizer.blocked(8)  # the padding id is among the ends
+    rows = torch.tensor([[3, 5, 0], [3, 4, 6], [3, 4, 1], [3, 4, 2], [3, 4, 4]])
+    finished = torch.tensor([True, True, True, True, False])
+    rollout = Rollout(rows, rows.float(), torch.tensor([2, 3, 3, 3, 3]), finished)
+    assert decode(rollout, tokenizer) == ["a5", "ab", "ab", "ab", "abb"]
+
+
+def test_the_ends_of_the_generation_config_are_read(policy: HFPolicy, tmp_path: Path) -> None:
+    policy.model.generation_config.eos_token_id = [1, 2]
+    policy.model.save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    _, tokenizer = hf_load.load(str(tmp_path))
+    assert {1, 2} <= set(tokenizer.stops)
+
+
+def test_messages_go_through_the_chat_template() -> None:
+    from vgkern.train.policy import encode
+    from vgkern.train.tokenizer import CharTokenizer
+
+    inner = words()
+    question = [{"role": "user", "content": "b"}]
+    tokenizer = hf_load.HFTokenizer(inner)
+    with pytest.raises(ValueError, match=r"question: got chat messages, and .* no chat template"):
+        encode(tokenizer, question)
+    with pytest.raises(ValueError, match="CharTokenizer has no chat template"):
+        encode(CharTokenizer(), question)
+    inner.chat_template = (
+        "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} a{% endif %}"
+    )
+    ids = encode(tokenizer, question)
+    assert ids.count(0) == 1 and ids[-1] == 3 and 4 in ids and 1 not in ids
+    inner.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(ValueError, match=r"refuses them .*no system here"):
+        encode(tokenizer, question)

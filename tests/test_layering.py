@@ -6,12 +6,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # A module may import what has at most its own rank; `vgkern` itself is the public names.
 RANK = {
-    "kernels": 0, "objectives": 0,
+    "kernels": 0, "objectives": 0, "errors": 0, "logit_scale": 0,
     "ops._check": 1, "ops._compile": 1, "ops._interpreter": 1, "ops._gpu": 1,
     "ops._library": 2, "ops._native": 2, "ops._cuda_build": 2, "ops._cuda_truncated": 2,
     "ops._backend": 3, "ops._cuda": 3, "ops._cuda_continuous": 3,
     "ops": 4,
-    "": 5, "nn": 5, "costate": 5, "case_inputs": 5, "cases": 5,
+    "": 5, "nn": 5, "tasks": 5, "costate": 5, "case_inputs": 5, "cases": 5,
     "bench": 6, "gate": 6, "train": 6,
     "integrations": 7, "gpu": 7, "__main__": 8,
 }  # fmt: skip

@@ -156,7 +156,7 @@ def test_micro_batches(name, at):
 def test_a_gap_that_is_nan_stops_a_run():
     from types import SimpleNamespace
 
-    from vgkern.train.errors import TrainingError
+    from vgkern.errors import TrainingError
     from vgkern.train.trainer import Trainer
 
     with pytest.raises(TrainingError, match="disagree on a token's log-prob by nan"):

@@ -12,12 +12,12 @@ import torch
 from test_train import TINY, trainer
 
 from vgkern.__main__ import main
+from vgkern.errors import ConfigError, RunError, TaskError
+from vgkern.tasks import checked_score, make_task
+from vgkern.tasks.own import JsonlTask
 from vgkern.train import Config, Entry, train
-from vgkern.train.errors import ConfigError, RunError, TaskError
 from vgkern.train.generate import Rollout, score
 from vgkern.train.run import build
-from vgkern.train.tasks import checked_score, make_task
-from vgkern.train.tasks_own import JsonlTask
 
 FILE = """
 class Double:
@@ -278,7 +278,7 @@ def test_a_sample_that_teaches_nothing_is_as_if_it_had_not_been_drawn(objective,
     alive = ~rewards.isnan()
     alive[11] = False
     total = [torch.zeros_like(g) for g in got]
-    denominator = made.normalizer(rollout, alive)
+    denominator = made.normalizer(rollout._replace(teaches=alive))
     ids = torch.arange(4).repeat_interleave(4)
     advantages = torch.zeros(16)
     advantages[alive] = made.advantages(rewards[alive], ids[alive])

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from test_train import TINY, trainer
 
 from vgkern.__main__ import main
+from vgkern.errors import CheckpointError, ConfigError, TaskError
 from vgkern.train import run, state
 from vgkern.train.config import load_run
-from vgkern.train.errors import CheckpointError, ConfigError, TaskError
 from vgkern.train.interrupt import Stopped
 from vgkern.train.log import Log
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from vgkern.train.scorers import last_number, number, scorer, value
+from vgkern.tasks.scorers import last_number, number, scorer, value
 
 NUMBERS = {
     "42": 42,

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from vgkern.train.errors import TaskError
-from vgkern.train.tasks import (
+from vgkern.errors import TaskError
+from vgkern.tasks import (
     BUILT_IN,
     Entry,
     Stream,

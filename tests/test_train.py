@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 import vgkern
 from vgkern.__main__ import main
+from vgkern.errors import CheckpointError, ConfigError, TaskError, TrainingError
+from vgkern.tasks import Entry, make_task
 from vgkern.train import run
 from vgkern.train.checkpoint import load_policy, new_policy, save_checkpoint
 from vgkern.train.config import Config
-from vgkern.train.errors import CheckpointError, ConfigError, TaskError, TrainingError
 from vgkern.train.generate import Rollout, decode, score
-from vgkern.train.tasks import Entry, make_task
 from vgkern.train.trainer import SKIPS, Trainer
 from vgkern.train.warmstart import demonstrate, supervised_loss
 
@@ -355,7 +355,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_bad_teacher_is_refused(tmp_path, monkeypatch):
-    monkeypatch.delattr("vgkern.train.tasks._Exact.wrong")
-    monkeypatch.delattr("vgkern.train.tasks.Sort.wrong")
+    monkeypatch.delattr("vgkern.tasks._Exact.wrong")
+    monkeypatch.delattr("vgkern.tasks.Sort.wrong")
     with pytest.raises(ConfigError, match=r"warm_wrong: got 0.65; allowed: 0, task 'sort'"):
         run.build(dataclasses.replace(TINY, warm_target=0.1))

@@ -3,8 +3,8 @@
 import pytest
 
 from vgkern.__main__ import main
+from vgkern.errors import ConfigError
 from vgkern.train.config import Config, load_config
-from vgkern.train.errors import ConfigError
 
 
 def test_flags_go_over_the_file(tmp_path):

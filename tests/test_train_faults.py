@@ -8,11 +8,11 @@ import torch
 from test_train import TINY, batch, trainer
 
 from vgkern.__main__ import main
+from vgkern.errors import CheckpointError, ConfigError, TaskError, TrainingError
+from vgkern.tasks import Entry, Stream, checked_score, make_task
 from vgkern.train import run
 from vgkern.train.checkpoint import load_policy
-from vgkern.train.errors import CheckpointError, ConfigError, TaskError, TrainingError
 from vgkern.train.model import Decoder
-from vgkern.train.tasks import Entry, Stream, checked_score, make_task
 from vgkern.train.trainer import SKIPS
 
 

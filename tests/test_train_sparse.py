@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from test_train import TINY, batch, gradient, trainer
 
+from vgkern.errors import ConfigError
 from vgkern.train.config import Config
-from vgkern.train.errors import ConfigError
 from vgkern.train.report import speed
 from vgkern.train.update import merge
 

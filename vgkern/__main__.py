@@ -60,7 +60,7 @@ def probe(arguments: list[str]) -> int:
 
 def _ended(command: str, run: Callable[[], None], interrupted: str) -> int:
     """The exit status; an error of the run is one line."""
-    from vgkern.train.errors import RunError
+    from vgkern.errors import RunError
 
     try:
         run()

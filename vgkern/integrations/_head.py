@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vgkern.integrations import _weight
 from vgkern.integrations._patch import IntegrationError, version
+from vgkern.logit_scale import scaling
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
 
 
@@ -63,19 +64,6 @@ def head(
         temperature / scale,
         None if softcap is None else softcap / scale,
     )
-
-
-def scaling(config: Any) -> tuple[float | None, float]:
-    """(soft-cap, scale) of the logits of a model, from its text config."""
-    text = config.get_text_config()
-    softcap = getattr(text, "final_logit_softcapping", None)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(text, name, None) is not None:
-            return softcap, getattr(text, name)
-    by = getattr(text, "logits_scaling", None)
-    if by is None:
-        return softcap, 1.0
-    return softcap, by if text.model_type == "hyperclovax" else 1 / by
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

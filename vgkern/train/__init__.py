@@ -6,7 +6,7 @@ train(Config(task="data.jsonl", model="HuggingFaceTB/SmolLM2-135M"))
 
 from typing import Any
 
-WHERE = {"train": "run", "Config": "config", "Entry": "tasks"}
+WHERE = {"train": "vgkern.train.run", "Config": "vgkern.train.config", "Entry": "vgkern.tasks"}
 __all__ = ["Config", "Entry", "train"]
 
 
@@ -14,5 +14,5 @@ def __getattr__(name: str) -> Any:
     if name in WHERE:
         import importlib
 
-        return getattr(importlib.import_module(f"{__name__}.{WHERE[name]}"), name)
+        return getattr(importlib.import_module(WHERE[name]), name)
     raise AttributeError(f"module {__name__} has no attribute {name!r}")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from .errors import CheckpointError
+from vgkern.errors import CheckpointError
+
 from .policy import Policy, Tokenizer
 
 if TYPE_CHECKING:

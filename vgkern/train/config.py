@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vgkern import objectives
+from vgkern.errors import ConfigError
 from vgkern.ops.linear_divergence import KINDS
-
-from .errors import ConfigError
 
 
 def _option(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import vgkern
+from vgkern.tasks import Entry, Reward, Task, checked_score
 
 from .policy import Policy, Tokenizer
-from .tasks import Entry, Reward, Task, checked_score
 
 
 class Rollout(NamedTuple):
@@ -86,10 +86,13 @@ def generate(
 
 
 def decode(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
-    """Text of every row, without the end of sequence."""
-    lengths = (rollout.lengths - rollout.finished.long()).tolist()
-    rows = rollout.tokens.tolist()
-    return [tokenizer.decode(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+    """Text of every row, without the end of sequence; of one that has text, with that."""
+    said = getattr(tokenizer, "said", {})
+    ends = rollout.finished.tolist()
+    texts = []
+    for row, n, ended in zip(rollout.tokens.tolist(), rollout.lengths.tolist(), ends, strict=True):
+        texts.append(tokenizer.decode(row[: n - (ended and row[n - 1] not in said)]))
+    return texts
 
 
 CUT_OFF = ("score", "value", "mask")

@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vgkern.logit_scale import scaling
+
 from .policy import BLOCKED, Head
 
 Ints = NDArray[np.int64]
@@ -138,7 +140,7 @@ class HFPolicy(torch.nn.Module):
         self.model = model.eval()
         self.name = name or type(model).__name__
         config = model.config.get_text_config()
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.softcap, self.scale = scaling(model.config)
         self.window = _window(config)
         self.output = model.get_output_embeddings()
         bias = torch.zeros(self.output.weight.shape[0])
@@ -152,9 +154,8 @@ class HFPolicy(torch.nn.Module):
     def head(self) -> Head:
         """The output layer itself, so that a tied weight collects both of its gradients."""
         own = getattr(self.output, "bias", None)
-        return Head(
-            self.output.weight, self.blocked if own is None else self.blocked + own, self.softcap
-        )
+        bias = self.blocked if own is None else self.blocked + self.scale * own
+        return Head(self.output.weight, bias, self.softcap)
 
     @property
     def embedding(self) -> torch.nn.Module:
@@ -163,7 +164,11 @@ class HFPolicy(torch.nn.Module):
     def from_embeddings(self, inputs_embeds: Tensor) -> Tensor:  # [B, L, He] -> [B, L, H]
         """Hidden states over given input embeddings: B rows, causal, nothing shared."""
         out = self.model.base_model(inputs_embeds=inputs_embeds, use_cache=False)
-        return out.last_hidden_state
+        return self._scaled(out.last_hidden_state)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """A scale of the logits (Granite, Cohere) is one of the states that the head takes."""
+        return hidden if self.scale == 1 else self.scale * hidden
 
     def _body(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         if self.window is not None and int(positions.max()) >= self.window:
@@ -171,13 +176,14 @@ class HFPolicy(torch.nn.Module):
                 f"a text has {int(positions.max()) + 1} tokens; {self.name} attends over, or was"
                 f" built for, at most {self.window}"
             )
-        return self.model.base_model(
+        out = self.model.base_model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
-        ).last_hidden_state
+        )
+        return self._scaled(out.last_hidden_state)
 
     def _masked(self, packed: Packed, nodes: Nodes, sees: Mask, cache: Any) -> Tensor:
         """Forward packed nodes against the cache; sees [M, keys]. Returns [M, H]."""
@@ -296,5 +302,27 @@ def _window(config: Any) -> int | None:
         kinds is None and getattr(config, "use_sliding_window", True)
     ):
         names += ["sliding_window", "attention_chunk_size"]
-    limits = [getattr(config, name, None) for name in names]
+    limits = [*(getattr(config, name, None) for name in names), _rope_limit(config)]
     return min((n for n in limits if n is not None), default=None)
+
+
+BY_LENGTH = (
+    "dynamic",
+    "longrope",
+    "su",
+)  # kinds of rope whose frequencies depend on a call's length
+
+
+def _rope_limit(config: Any) -> int | None:
+    """Past it a rope's frequencies are those of the longest text of a call, so that prefixes that
+    are forwarded once would be other ones than those of the whole text."""
+    found = []
+    for name in ("rope_parameters", "rope_scaling"):
+        given = getattr(config, name, None)
+        given = given if isinstance(given, dict) else {}
+        for kind in (given, *(v for v in given.values() if isinstance(v, dict))):
+            if kind.get("rope_type", kind.get("type")) in BY_LENGTH:
+                own = getattr(config, "original_max_position_embeddings", None)
+                found.append(kind.get("original_max_position_embeddings") or own
+                             or getattr(config, "max_position_embeddings", None))  # fmt: skip
+    return min((n for n in found if n is not None), default=None)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ INSTALL = "pip install 'transformers>=5' accelerate gguf"
 class HFTokenizer:
     """The `Tokenizer` protocol. With `line`, an answer ends at its first line break as well."""
 
-    def __init__(self, tokenizer: Any, line: bool = True) -> None:
+    def __init__(self, tokenizer: Any, line: bool = True, ends: Iterable[int] = ()) -> None:
+        """ends: what else ends an answer, as a model's generation config has it."""
         self.inner = tokenizer
         if tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer of {tokenizer.name_or_path}: it has no eos_token")
         self.eos: int = tokenizer.eos_token_id
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))]) if line else []
-        lines = [i for i, text in enumerate(texts) if "\n" in text]
-        self.stops: tuple[int, ...] = tuple(sorted({self.eos, *lines}))
+        lines = {i: text.partition("\n")[0] for i, text in enumerate(texts) if "\n" in text}
+        self.stops: tuple[int, ...] = tuple(sorted({self.eos, *ends, *lines}))
+        self.said = {i: text for i, text in lines.items() if text}  # before the line break
 
     def blocked(self, vocab: int) -> list[int]:
         """Ids that must never be sampled: padding, and rows of the head that name no token."""
@@ -37,9 +40,29 @@ class HFTokenizer:
         return unused if self.pad in self.stops else [self.pad, *unused]
 
     def encode(self, text: str) -> list[int]:
-        return list(self.inner.encode(text))
+        """With the tokenizer's own start, once, and without the end that some append."""
+        ids, start = list(self.inner.encode(text)), self.inner.bos_token_id
+        while len(ids) > 1 and ids[0] == ids[1] == start is not None:
+            ids = ids[1:]
+        ends = str(self.inner.eos_token)
+        return ids[:-1] if ids[-1:] == [self.eos] and not text.endswith(ends) else ids
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        where = f"question: got chat messages, and the tokenizer of {self.inner.name_or_path}"
+        if not self.inner.chat_template:
+            raise ValueError(f"{where} has no chat template; allowed: text")
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        try:
+            return list(self.inner.apply_chat_template(messages, **options))
+        except Exception as error:  # a template may refuse a role, or an order of roles
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{where} refuses them ({reason}); allowed: others") from error
 
     def decode(self, ids: list[int]) -> str:
+        """A last token that is a line break and text before it is that text."""
+        said = self.said.get(ids[-1]) if ids else None
+        if said is not None:
+            return self.decode(ids[:-1]) + said
         return str(self.inner.decode(ids, skip_special_tokens=True))
 
     def save(self, folder: str) -> None:
@@ -55,13 +78,16 @@ def load(name: str, *, device: str = "cpu", line: bool = True) -> tuple[HFPolicy
         raise ValueError(f"model {name!r} needs transformers: {INSTALL}") from None
     source = _local(name)
     try:
-        tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(source), line)
+        inner = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:  # the last: a file cut short
         raise ValueError(
             f"model {name!r}: no checkpoint folder, and not loadable by that name ({error});"
             " allowed: smollm2, a .gguf file, a folder with config.json, a Hugging Face name"
         ) from None
+    given = getattr(model.generation_config, "eos_token_id", None)
+    ends = [] if given is None else [given] if isinstance(given, int) else list(given)
+    tokenizer = HFTokenizer(inner, line, ends)
     model.to(device)
     blocked = tokenizer.blocked(model.get_output_embeddings().weight.shape[0])
     policy = HFPolicy(model, blocked, name)
@@ -86,10 +112,11 @@ def check(policy: HFPolicy, tolerance: float = 1e-4) -> None:
             tree = policy.hidden(prompts, answers, 2, lengths)
             state, first = policy.prefill(prompts, 2, 4)
             second = policy.decode(state, answers[:, 0])
-    except (TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever a forward raises that was made for other calls
+        said = str(error).strip().split("\n")[0][:200]
         raise ValueError(
-            f"model {policy.name}: its forward does not take a DynamicCache, position_ids and a"
-            f" 4-D attention mask ({type(error).__name__}: {error})"
+            f"model {policy.name} ({type(policy.model).__name__}): its forward does not take a"
+            f" DynamicCache, position_ids and a 4-D attention mask ({type(error).__name__}: {said})"
         ) from error
     want = torch.log_softmax(torch.stack(logits).float(), -1)
 

@@ -1,17 +1,14 @@
-"""SIGINT and SIGTERM end a run at the next edge of a step, where nothing is lost; what hangs is
-ended by a clock."""
+"""SIGINT and SIGTERM end a run at the next edge of a step, where nothing is lost."""
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .errors import RunError
+from vgkern.errors import RunError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -53,28 +50,3 @@ class Interruption:
         if saved is None:
             text = "no state of it could be saved"
         raise Stopped(f"{name} after {where}; {text}", self.signal)
-
-
-class TookTooLong(Exception):
-    """What `limited` raises inside."""
-
-
-@contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raises TookTooLong in what takes longer. 0, another thread than the main one, or a system
-    without SIGALRM: no limit. Code that never comes back to Python cannot be ended."""
-    main = threading.current_thread() is threading.main_thread()
-    if not seconds or not main or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise TookTooLong
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vgkern.tasks import Question
+
 BLOCKED = -1e9  # bias of an id that must never be sampled; finite, so p * log p stays 0
 
 
@@ -34,6 +36,19 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
     def save(self, folder: str) -> None: ...
+
+
+def encode(tokenizer: Tokenizer, question: Question) -> list[int]:
+    """Ids of a prompt; messages go through the chat template, which sets special tokens itself."""
+    if isinstance(question, str):
+        return tokenizer.encode(question)
+    chat = getattr(tokenizer, "chat", None)
+    if chat is None:
+        raise ValueError(
+            f"question: got chat messages; allowed: text, as {type(tokenizer).__name__} has no "
+            f"chat template (a Hugging Face model may have one: --model)"
+        )
+    return list(chat(question))
 
 
 class Policy(Protocol):

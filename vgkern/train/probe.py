@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from vgkern import costate
+from vgkern.errors import CheckpointError, ConfigError
+from vgkern.tasks import Stream, make_task
 
 from .checkpoint import find, load_policy
-from .errors import CheckpointError, ConfigError
 from .log import clock
-from .policy import Tokenizer
+from .policy import Tokenizer, encode
 from .readouts import Sampling, Text, measure, summarize
-from .tasks import Stream, make_task
 
 QUIET = 3.0  # seconds before progress is worth a line
 NEUTRAL = {"task_options": "{}", "few_shot": 0, "temperature": 1.0}  # without a run to ask
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> None:
         policy, tokenizer = load_policy(options.weights)
         check = getattr(policy, "check", None)  # too long for the model: said now
         if check is not None:
-            check([max((tokenizer.encode(e.question) for e in entries), key=len)], task.max_new)
+            check([max((encode(tokenizer, e.question) for e in entries), key=len)], task.max_new)
         module: Any = policy
         depth = len(costate.probe(module).points)
     layer = depth // 2 if options.layer is None else options.layer

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import vgkern
 from vgkern import costate
+from vgkern.tasks import Entry, Task
 
 from .generate import Rollout, decode, generate, score
-from .policy import Policy, Tokenizer
-from .tasks import Entry, Task
+from .policy import Policy, Tokenizer, encode
 
 TOKENS = 8192  # of one part: its prompts times G texts, the longest of each
 
@@ -77,7 +77,7 @@ def measure(
 
     show(done, of) is called after each part. Raises what generating and scoring raise.
     """
-    prompts = [tokenizer.encode(entry.question) for entry in entries]
+    prompts = [encode(tokenizer, entry.question) for entry in entries]
     size = max(1, TOKENS // (sampling.group * (max(map(len, prompts)) + task.max_new)))
     parts: list[tuple[Groups, Text]] = []
     for at in range(0, len(prompts), size):

@@ -112,7 +112,8 @@ def sample_table(trainer: Trainer, samples: list[list[str]]) -> list[str]:
     rows = [("question", "answer", "before", "after")]
     columns = (samples[0], samples[-1])
     for entry, before, after in zip(trainer.held_out[:WRITTEN], *columns, strict=False):
-        question = entry.question.strip().rsplit("\n\n", 1)[-1]
+        asked = entry.question if isinstance(entry.question, str) else entry.question[-1]["content"]
+        question = asked.strip().rsplit("\n\n", 1)[-1]
         rows.append((question, entry.answer, before, after))
     cells = [[_short(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]

@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
+from vgkern.errors import ConfigError, RunError, TaskError, TrainingError
+from vgkern.tasks import Entry, Stream, Task, make_task, question_key
+from vgkern.tasks.own import JsonlTask, from_python
+
 from .checkpoint import find as find_weights
 from .checkpoint import load_policy, new_policy, save_checkpoint
 from .config import Config
-from .errors import ConfigError, RunError, TaskError, TrainingError
 from .interrupt import Interruption
 from .log import Log, clock
+from .policy import encode
 from .report import write_report
 from .state import Keeper, find, read, restore
-from .tasks import Entry, Stream, Task, make_task
-from .tasks_own import JsonlTask, from_python
 from .trainer import Trainer
 from .warmstart import CHECK_EVERY, WarmStart
 
@@ -102,14 +104,14 @@ def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream
         return Stream(task, exclude).take(count, distinct=True)
 
     held_out = entries(f"held out {config.eval_seed}", config.eval_prompts, frozenset())
-    exclude = frozenset(entry.question for entry in held_out)
+    exclude = frozenset(question_key(entry.question) for entry in held_out)
     try:
         validation = entries("validation", VALIDATION, exclude)
     except TaskError:  # a small data set; only a warm start needs more of it
         if config.warming:
             raise
         validation = []
-    exclude |= {entry.question for entry in validation}
+    exclude |= {question_key(entry.question) for entry in validation}
     task, demonstrations = make(f"train {config.seed}"), make(f"warm {config.seed}")
     if config.warming and config.warm_wrong and not hasattr(task, "wrong"):
         raise ConfigError(
@@ -119,7 +121,7 @@ def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream
         load_policy(find_weights(config.model)[0]) if config.model else new_policy(config)
     )
     check = getattr(policy, "check", None)  # what cannot be encoded or is too long, said now
-    prompts = [tokenizer.encode(entry.question) for entry in held_out + validation]
+    prompts = [encode(tokenizer, entry.question) for entry in held_out + validation]
     if check is not None:
         check([max(prompts, key=len)], task.max_new)
     stream = Stream(task, exclude)

@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgkern import __version__
+from vgkern.errors import CheckpointError
 
 from .checkpoint import load_policy, whole
-from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from .trainer import Trainer

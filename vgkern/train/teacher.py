@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vgkern.costate.analytic import BLOCKED
+from vgkern.errors import ConfigError
 
 from .checkpoint import find, load_policy
 from .config import Config
-from .errors import ConfigError
 from .policy import Head, Policy, Tokenizer
 
 SHOWN = 3  # ids of an error message

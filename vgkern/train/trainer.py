@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 import vgkern
+from vgkern.errors import TrainingError
+from vgkern.tasks import Entry, Reward, Stream, Task
 
 from .config import Config
-from .errors import TrainingError
 from .generate import Rollout, decode, generate, score
 from .log import Log
-from .policy import Policy, Tokenizer
+from .policy import Policy, Tokenizer, encode
 from .state import dump_random, load_random
-from .tasks import Entry, Reward, Stream, Task
 from .teacher import load_teacher
 from .update import Batch, Update, extreme, make_objective, merge
 
@@ -63,7 +63,7 @@ class Trainer:
         self.stream, self.held_out = stream, held_out
         self.task: Task = stream.task
         self.objective = make_objective(config)
-        prompts = [tokenizer.encode(entry.question) for entry in held_out]
+        prompts = [encode(tokenizer, entry.question) for entry in held_out]
         teacher = load_teacher(config, policy, tokenizer, prompts, self.task.max_new)
         self.parts = Update(config, policy, teacher, self.objective)
         self.optimizer = torch.optim.AdamW(
@@ -135,7 +135,7 @@ class Trainer:
     def sample(self, index: int) -> tuple[list[Entry], list[list[int]], Rollout]:
         config = self.config
         entries = self.stream.take(config.prompts)
-        prompts = [self.tokenizer.encode(entry.question) for entry in entries]
+        prompts = [encode(self.tokenizer, entry.question) for entry in entries]
         rows = config.prompts * config.group
         rollout = generate(
             self.policy, prompts, self.tokenizer.stops,
@@ -199,7 +199,7 @@ class Trainer:
             [prompt for prompt, keep in zip(prompts, kept.tolist(), strict=True) if keep],
             rollout.select(rows),
             advantages[rows],
-            self.normalizer(rollout, teaches),
+            self.normalizer(rollout),
         )
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
@@ -207,11 +207,12 @@ class Trainer:
         found = vgkern.group_advantages(rewards, groups, estimator=estimator)
         return self.config.reward_coef * found
 
-    def normalizer(self, rollout: Rollout, teaches: Tensor) -> float:
+    def normalizer(self, rollout: Rollout) -> float:
         """The denominator of the objective's reduction over *all* sampled rows that teach."""
-        rows = int(teaches.sum())
+        lengths = rollout.lengths if rollout.teaches is None else rollout.lengths[rollout.teaches]
+        rows = len(lengths)
         return {
-            "token": float(rollout.lengths[teaches].sum()),
+            "token": float(lengths.sum()),
             "seq": float(rows),
             "seq_sum": float(rows),
             "fixed": float(rows * (self.objective.max_length or self.task.max_new)),
@@ -326,7 +327,7 @@ class Trainer:
         The noise is the same at every evaluation, so two checkpoints are compared on the same luck.
         """
         rollout = generate(
-            self.policy, [self.tokenizer.encode(entry.question) for entry in entries],
+            self.policy, [encode(self.tokenizer, entry.question) for entry in entries],
             self.tokenizer.stops, group=1, max_new=self.task.max_new, temperature=temperature,
             seed=self.config.seed + EVAL_KEY, sequence=torch.arange(len(entries)),
         )  # fmt: skip

@@ -22,10 +22,10 @@ from torch import Tensor
 import vgkern
 from vgkern import objectives
 from vgkern.costate import Teacher, analytic_loss, future_advantages, replay_agreement
+from vgkern.errors import ConfigError
 from vgkern.ops._policy_rows import token_level
 
 from .config import Config
-from .errors import ConfigError
 from .generate import Rollout
 from .policy import Policy
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import vgkern
+from vgkern.errors import TrainingError
+from vgkern.tasks import Entry, Question, Stream
 
-from .errors import TrainingError
-from .policy import Policy, Tokenizer
+from .policy import Policy, Tokenizer, encode
 from .state import dump_random, load_random
-from .tasks import Entry, Stream
 
 CHECK_EVERY = 20  # steps; a check costs about a fifth of a step
 LR_WARMUP = 30
@@ -36,9 +36,11 @@ def demonstrate(task: Any, entry: Entry, wrong: float, rng: random.Random) -> st
     return task.wrong(entry) if rng.random() < wrong else entry.answer
 
 
-def supervised_loss(policy: Policy, tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> Tensor:
+def supervised_loss(
+    policy: Policy, tokenizer: Tokenizer, pairs: list[tuple[Question, str]]
+) -> Tensor:
     """Mean negative log-prob of the answers' tokens, end of sequence included."""
-    prompts = [tokenizer.encode(question) for question, _ in pairs]
+    prompts = [encode(tokenizer, question) for question, _ in pairs]
     answers = [[*tokenizer.encode(answer), tokenizer.stops[0]] for _, answer in pairs]
     tokens, lengths = pad(answers)
     hidden = policy.hidden(prompts, tokens, 1, lengths)

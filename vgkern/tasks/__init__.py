@@ -6,6 +6,7 @@ writes is ever evaluated as code.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Mapping
@@ -13,15 +14,33 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-from .errors import TaskError
-from .interrupt import TookTooLong, limited
+from vgkern.errors import TaskError
+
+from .limit import TookTooLong, limited
+
+Question = str | list[dict[str, str]]  # text, or chat messages: {"role": ..., "content": ...}
 
 
 @dataclass(frozen=True)
 class Entry:
-    question: str  # the prompt, exactly as the model sees it
+    question: Question  # the prompt, exactly as the model sees it, or chat messages
     answer: str
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def question_key(question: Any) -> str:
+    """One text per question, for sets and splits; raises where it is none of the two kinds."""
+    if isinstance(question, str):
+        return question
+    if not isinstance(question, list) or not question or not all(map(_is_message, question)):
+        allowed = 'text, or a list of {"role": text, "content": text}'
+        raise ValueError(f"question: got {repr(question)[:200]}; allowed: {allowed}")
+    return json.dumps(question, sort_keys=True)
+
+
+def _is_message(message: Any) -> bool:
+    wanted = isinstance(message, dict) and set(message) == {"role", "content"}
+    return wanted and all(isinstance(value, str) for value in message.values())
 
 
 class Task(Protocol):
@@ -123,7 +142,7 @@ class Addition(_Exact):
         return Entry(f"{a}+{b}=", str(a + b)[::-1])
 
     def wrong(self, entry: Entry) -> str:
-        a, b = entry.question[:-1].split("+")
+        a, b = str(entry.question)[:-1].split("+")
         columns = zip(reversed(a), reversed(b), strict=True)
         return "".join(str((int(x) + int(y)) % 10) for x, y in columns)
 
@@ -141,15 +160,15 @@ def make_task(name: str, options: dict[str, Any], seed: int | str, few_shot: int
     """A built-in task, `reasoning_gym:NAME` for any data set of that package, a class of a Python
     file (`path/to/file.py:Name`) or questions and answers (`data.jsonl`)."""
     if name.startswith("reasoning_gym:"):
-        from .tasks_gym import GymTask
+        from .gym import GymTask
 
         return GymTask(name.removeprefix("reasoning_gym:"), options, seed, few_shot)
     if name.endswith((".jsonl", ".json")):
-        from .tasks_own import JsonlTask
+        from .own import JsonlTask
 
         return JsonlTask(name, options, seed, few_shot)
     if ".py" in name:
-        from .tasks_own import from_file
+        from .own import from_file
 
         _no_examples(name, few_shot)
         return from_file(name, options, seed)
@@ -233,7 +252,7 @@ class Stream:
                 return entries
             try:
                 entry = self.task[self.cursor]
-                question = entry.question
+                question = question_key(entry.question)
             except Exception as error:
                 where = f"task {self.task.name!r}, entry {self.cursor}"
                 raise TaskError(f"{where}: {type(error).__name__}: {error}") from error

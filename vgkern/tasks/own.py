@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import Entry, Task
 from .scorers import scorer
-from .tasks import Entry, Task
 
 SPLITS = {"held": (0.0, 0.1), "validation": (0.1, 0.15), "train": (0.15, 1.0), "warm": (0.15, 1.0)}
 
@@ -55,7 +55,9 @@ def _entry(found: Any) -> Entry:
     if isinstance(found, Entry):
         return found
     if isinstance(found, dict) and {"question", "answer"} <= set(found):
-        return Entry(_text(found["question"]), _text(found["answer"]), found)
+        question = found["question"]  # a list is a chat; `question_key` looks at it
+        question = question if isinstance(question, list) else _text(question)
+        return Entry(question, _text(found["answer"]), found)
     if isinstance(found, tuple | list) and len(found) == 2:
         return Entry(_text(found[0]), _text(found[1]))
     raise ValueError(f"entry: got {found!r}; allowed: an Entry, a dict with question and answer, "

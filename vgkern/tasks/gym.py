@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from .tasks import Entry
+from . import Entry
 
 SIZE = 1 << 30  # entries are made on demand; reasoning_gym only wants an upper bound
 
