@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 
 COMMANDS = {
     "train": "train a language model with RL (--help lists every setting)",
+    "sample": "write on from a prompt with any checkpoint",
+    "eval": "score a checkpoint on held-out prompts: greedy, avg@n, pass@k, with intervals",
+    "export": "write a checkpoint as a plain Hugging Face folder",
     "probe": "say what a checkpoint's costates say: signal, headroom, norms (and a picture)",
     "bench": "time every op against the others on this machine (--quick: two minutes)",
     "build": "compile the native kernels now, into the cache",
@@ -30,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         return doctor(rest)
     if command == "probe":
         return probe(rest)
+    if command in ("sample", "eval", "export"):
+        return use(command, rest)
     if command == "bench":
         from vgkern.bench.cli import main as bench
 
@@ -56,6 +62,14 @@ def probe(arguments: list[str]) -> int:
         main(arguments)
 
     return _ended("probe", run, "nothing was written")
+
+
+def use(command: str, arguments: list[str]) -> int:
+    def run() -> None:
+        module = {"eval": "evaluate"}.get(command, command)
+        importlib.import_module(f"vgkern.use.{module}").main(arguments)
+
+    return _ended(command, run, "nothing more was written")
 
 
 def _ended(command: str, run: Callable[[], None], interrupted: str) -> int:

@@ -7,7 +7,7 @@ same whatever else is in the batch, and a run can be replayed from its metrics.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ def generate(
     seed: int,
     sequence: Tensor,  # [R] int64, unique over the run
     temperature: float = 1.0,  # 0: greedy
+    **cuts: Any,  # top_k, top_p, min_p of `vgkern.linear_sample`
 ) -> Rollout:
     """Sample until the end of sequence or `max_new` tokens. The last token is kept and trained."""
     rows = len(prompts) * group
@@ -66,7 +67,7 @@ def generate(
             noise = vgkern.Noise(seed, sequence[live], torch.tensor(position))
             sample = vgkern.linear_sample(
                 hidden, head.weight, noise,
-                bias=head.bias, softcap=head.softcap, temperature=temperature,
+                bias=head.bias, softcap=head.softcap, temperature=temperature, **cuts,
             )  # fmt: skip
             token = sample.token
             tokens[live, position] = token

@@ -86,6 +86,14 @@ def free_folder(config: Config) -> Path:
     return out
 
 
+def entries_of(task: Task, count: int, exclude: frozenset[str] = frozenset()) -> list[Entry]:
+    """Different questions of a split: `count`, or what data that ends have for it."""
+    there = getattr(task, "count", None)
+    if there is not None:  # of a task that does not split itself a part is to train on
+        count = min(count, there if isinstance(task, JsonlTask) else max(1, there // 10))
+    return Stream(task, exclude).take(count, distinct=True)
+
+
 def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream]:
     """Everything that can fail, before anything is written: data, policy, trainer."""
 
@@ -95,13 +103,7 @@ def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream
         return make_task(config.task, config.options, split, config.few_shot)
 
     def entries(split: str, count: int, exclude: frozenset[str]) -> list[Entry]:
-        task = make(split)
-        there = getattr(task, "count", None)  # of data that ends; a part of it is to train on
-        if there is not None and own is None and isinstance(task, JsonlTask):
-            count = min(count, there)
-        elif there is not None:
-            count = min(count, max(1, there // 10))
-        return Stream(task, exclude).take(count, distinct=True)
+        return entries_of(make(split), count, exclude)
 
     held_out = entries(f"held out {config.eval_seed}", config.eval_prompts, frozenset())
     exclude = frozenset(question_key(entry.question) for entry in held_out)
