@@ -197,6 +197,26 @@ def test_bad_options_of_a_jsonl(tmp_path, options, words):
         make_task(str(tmp_path / "none.jsonl"), {}, "train 0")
 
 
+def test_a_question_that_cannot_be_encoded_is_said_before_the_run_starts(tmp_path):
+    rows = [*pairs(200), {"question": "A=", "answer": 1}]  # it falls to the training part
+    path, out = jsonl(tmp_path / "x.jsonl", rows), tmp_path / "run"
+    options = json.dumps({"prompt": "{question}"})
+    with pytest.raises(ConfigError, match="character 'A' is unknown"):
+        train(Config(task=path, task_options=options, out=str(out), **SMALL))
+    assert not out.exists()
+
+
+def test_the_curve_holds_scores_outside_0_and_1(file, tmp_path, monkeypatch):
+    limits = []
+    from matplotlib.axes import Axes
+
+    real = Axes.set_ylim
+    monkeypatch.setattr(Axes, "set_ylim", lambda *a, **k: limits.append(a[1:]) or real(*a, **k))
+    train(Config(task=f"{file}:Double", out=str(tmp_path / "run"), **SMALL))
+    low, high = limits[0]
+    assert low < -1.0 and high > 1.0
+
+
 class Pairs:
     """The least that a task is."""
 
@@ -324,6 +344,12 @@ def test_running_on_is_never_better_than_answering_wrongly():
     assert ran_on(Strict(), ["a", "a"]) == [1.0, -1.0]  # right by chance, and still running
     assert ran_on(Kind(), ["aa", "aaaa"]) == [2.0, 0.0]
     assert ran_on(Strict(), ["a", "b"], cut_off="value", value=-3.0) == [1.0, -3.0]
+
+    class Silent(Kind):
+        def score(self, text, entry):
+            return float(len(text)) if text else None
+
+    assert ran_on(Silent(), ["aa", "aaaa"]) == [2.0, 0.0]
     masked = ran_on(Strict(), ["a", "b"], cut_off="mask")
     assert masked[0] == 1.0 and math.isnan(masked[1])
 

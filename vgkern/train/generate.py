@@ -117,6 +117,8 @@ def score(
         reward = checked_score(task, text, entry, seconds)
         if not done:
             empty = checked_score(task, "", entry, seconds)
+            if math.isnan(empty.value):  # the task says nothing of giving up
+                empty = Reward(0.0)
             reward = empty if empty.value < reward.value else reward
         found.append(reward)
     return found

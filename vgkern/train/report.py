@@ -148,7 +148,10 @@ def draw_curve(log: Log, config: Config, path: Path) -> str:
             color=color, marker="o", ms=3, label=f"held out, {name}",
         )  # fmt: skip
     axes.set(xlabel="RL step", ylabel="score", title=config.task)
-    axes.set_ylim(-0.02, 1.02)
+    seen = [e[name] for e in evals for name in ("sampled", "greedy")] + [s["reward"] for s in steps]
+    seen = [x for x in seen if x == x]
+    low, high = min([0.0, *seen]), max([1.0, *seen])  # a task's scores may be any numbers
+    axes.set_ylim(low - 0.02 * (high - low), high + 0.02 * (high - low))
     axes.legend(loc="best", frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -123,7 +123,8 @@ def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream
         load_policy(find_weights(config.model)[0]) if config.model else new_policy(config)
     )
     check = getattr(policy, "check", None)  # what cannot be encoded or is too long, said now
-    prompts = [encode(tokenizer, entry.question) for entry in held_out + validation]
+    known = held_out + validation + getattr(task, "entries", [])  # of a file every question
+    prompts = [encode(tokenizer, entry.question) for entry in known]
     if check is not None:
         check([max(prompts, key=len)], task.max_new)
     stream = Stream(task, exclude)

@@ -126,7 +126,10 @@ def measure(
 def score(task: Task, sampled: Sampled, entry: Entry) -> float:
     """As the trainer's `cut_off = score`; NaN where the task says nothing."""
     value = checked_score(task, sampled.text, entry).value
-    return value if sampled.finished else min(value, checked_score(task, "", entry).value)
+    if sampled.finished:
+        return value
+    empty = checked_score(task, "", entry).value
+    return min(value, 0.0 if math.isnan(empty) else empty)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
