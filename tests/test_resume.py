@@ -331,14 +331,14 @@ def test_every_file_cut_short_or_with_a_byte_flipped_is_found(tmp_path):
 
 
 def test_fifty_kills_while_saving_leave_a_whole_state(tmp_path):
-    made, keeper = kept(tmp_path, 1)
-    rng, number = random.Random(1), 0
+    made, keeper = kept(tmp_path, 4)
+    rng, number, took = random.Random(1), 3, keeper.cost  # of one save on this machine
     for _ in range(50):
         if not (pid := os.fork()):
             while True:
                 number += 1
                 keeper.save(made, "step", number, samples=[], measured=True)
-        time.sleep(rng.uniform(0.002, 0.06))
+        time.sleep(rng.uniform(0.1, 4) * took)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         found, skipped = state.find(tmp_path)
@@ -347,7 +347,7 @@ def test_fifty_kills_while_saving_leave_a_whole_state(tmp_path):
         assert at >= number
         number = at
         state.restore(made, found)
-    assert number > 50  # the kills did not come before the saves
+    assert number > 20  # not every kill came before the first save
     for path in (tmp_path / "state").glob(".*partial*"):
         shutil.rmtree(path)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .log import Log
+from .page import page
 from .update import extreme
 
 if TYPE_CHECKING:
@@ -18,9 +19,12 @@ WRITTEN = 32
 
 
 def write_report(out: Path, config: Config, trainer: Trainer, samples: list[list[str]]) -> str:
-    """Write `curve.png`, `samples.txt` and `summary.txt` into `out`; return the summary."""
+    """Write `curve.png`, `samples.txt`, `report.html` and `summary.txt`; return the summary."""
     drawn = draw_curve(trainer.log, config, out / "curve.png")
-    table = sample_table(trainer, samples)
+    rows = sample_rows(trainer, samples)
+    table = sample_table(rows)
+    told = [*learned(trainer.log, config), "", *speed(trainer)]
+    (out / "report.html").write_text(page(config, trainer.log, told, rows), encoding="utf-8")
     (out / "samples.txt").write_text("\n".join(table[: WRITTEN + 1]) + "\n")
     text = "\n".join(
         [
@@ -34,7 +38,7 @@ def write_report(out: Path, config: Config, trainer: Trainer, samples: list[list
             f"Everything is in {out}/",
             "  final/        weights, config and tokenizer: --model " + str(out / "final"),
             "  metrics.jsonl one line per step and evaluation; config.json; samples.txt",
-            f"  curve.png     {drawn}",
+            f"  curve.png     {drawn}; report.html has all of it on one page",
         ]
     )
     (out / "summary.txt").write_text(text + "\n")
@@ -107,14 +111,19 @@ def _sparse(steps: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def sample_table(trainer: Trainer, samples: list[list[str]]) -> list[str]:
-    """Question, expected answer, greedy completion before and after; one line each."""
-    rows = [("question", "answer", "before", "after")]
+def sample_rows(trainer: Trainer, samples: list[list[str]]) -> list[tuple[str, ...]]:
+    """Question, expected answer, greedy completion before and after, under their header."""
+    rows: list[tuple[str, ...]] = [("question", "answer", "before", "after")]
     columns = (samples[0], samples[-1])
     for entry, before, after in zip(trainer.held_out[:WRITTEN], *columns, strict=False):
         asked = entry.question if isinstance(entry.question, str) else entry.question[-1]["content"]
         question = asked.strip().rsplit("\n\n", 1)[-1]
-        rows.append((question, entry.answer, before, after))
+        rows.append((question, str(entry.answer), before, after))
+    return rows
+
+
+def sample_table(rows: list[tuple[str, ...]]) -> list[str]:
+    """One line each."""
     cells = [[_short(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     return [
