@@ -24,6 +24,10 @@ OLDEST := $(addprefix tests/test_,$(addsuffix .py,compile autograd reliability r
   oldest_torch autocast errors refusals check_values nn interpreter_shipped))
 OLDEST_INTERPRETED := tests/test_interpreter.py tests/test_linear_grad.py tests/test_parity.py
 OLDEST_SELECTED := not parity or float32 and (h7 or n4 or ragged) or bfloat16 and full
+# What a change most often breaks, in under two minutes (`make check`).
+CHECKED := $(addprefix tests/test_,$(addsuffix .py,layering packaging objectives policy_loss \
+  linear_policy_loss linear_token_logprobs token_logprobs group_advantages noise messages train \
+  train_config train_faults resume tasks own_tasks scorers use page readme))
 GATES := tests/test_gate_triton.py tests/test_gate_cuda.py
 
 # A stamp is named by what it stands for, so that a change of content, and only that, makes it old.
@@ -45,12 +49,14 @@ native = test -e $(NATIVE_STAMP) || { echo '== native kernels'; \
   $(PY) -m vgkern build && touch $(NATIVE_STAMP); } || \
   { echo '== so the torch backend runs: slower, same results'; false; }
 
-.PHONY: help train test oldest lint build bench gpu gpu-dry clean
+.PHONY: help train test check oldest lint build bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train   train a small language model with RL        (ARGS="--help": every setting)'
-	@echo 'make test    ruff, mypy, clang-format, then pytest       (ARGS="-k sample": some of them)'
+	@echo 'make test    ruff, mypy, clang-format, then pytest       (20 minutes on two cores)'
+	@echo 'make check   the same lint, and the tests that a change most often breaks    (2 minutes)'
+	@echo '             ARGS="-k sample": some of the tests, with either'
 	@echo 'make oldest  pytest on torch $(OLD_TORCH), Triton $(OLD_TRITON): the oldest allowed (.venv-oldest)'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make build   compile the native kernels now'
@@ -64,6 +70,10 @@ endif
 train: $(TRAIN_STAMP)
 	@$(native) || export VGKERN_BACKEND="$${VGKERN_BACKEND:-torch}"; \
 	exec $(PY) -m vgkern train $(ARGS)
+
+check: lint
+	@$(native) || true
+	@$(PY) -m pytest -q $(CHECKED) $(ARGS)
 
 # Triton's interpreter needs a process of its own, and so do the gate's compilers. Both run beside the
 # first and are shown last.

@@ -20,6 +20,8 @@ from vgkern import objectives
 from vgkern.errors import ConfigError
 from vgkern.ops.linear_divergence import KINDS
 
+from .track import TRACKERS
+
 
 def _option(
     default: Any, text: str, low: float | None = None, high: float | None = None, **extra: Any
@@ -91,6 +93,7 @@ class Config:
     score_seconds: float = _option(30.0, "the task may take over one sample; 0: no limit", 0)
     shuffle_rewards: bool = _option(False, "control: rewards dealt to random samples")
 
+    track: str = _option("", "where the numbers go beside metrics.jsonl", choices=("", *TRACKERS))
     eval_every: int = _option(10, "steps between evaluations", 1)
     eval_prompts: int = _option(256, "held-out prompts", 1)
     eval_seed: int = _option(0, "which held-out prompts", 0)
@@ -244,7 +247,7 @@ def _converted(values: dict[str, Any]) -> dict[str, Any]:
     return {name: _convert(specs[name], value) for name, value in values.items()}
 
 
-FREE = {"out", "threads", "save_every", "state_every"}  # what --resume may change
+FREE = {"out", "threads", "track", "save_every", "state_every"}  # what --resume may change
 
 
 def load_config(arguments: list[str]) -> Config:

@@ -7,7 +7,10 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from .track import Tracker
 
 
 class Log:
@@ -22,6 +25,7 @@ class Log:
         self.passing = False  # the line on screen may be overwritten
         self.records: list[dict[str, Any]] = []
         self.waiting = ""  # what the disk did not take
+        self.tracker: Tracker | None = None
         if place is None:
             self.file = (folder / "metrics.jsonl").open("xb", buffering=0)
             return
@@ -38,6 +42,8 @@ class Log:
     def record(self, kind: str, **values: Any) -> None:
         entry = {"kind": kind, "time": round(time.perf_counter() - self.start, 3), **values}
         self.records.append(entry)
+        if self.tracker is not None:
+            self.tracker.send(kind, values)
         warned, self.waiting = bool(self.waiting), self.waiting + json.dumps(
             {k: _plain(v) for k, v in entry.items()}
         ) + "\n"  # fmt: skip
@@ -70,6 +76,8 @@ class Log:
 
     def close(self) -> None:
         self.file.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
 
 def _unplain(entry: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .log import Log, clock
 from .policy import encode
 from .report import write_report
 from .state import Keeper, find, read, restore
+from .track import Tracker, importable
 from .trainer import Trainer
 from .warmstart import CHECK_EVERY, WarmStart
 
@@ -43,6 +44,8 @@ def train(config: Config, resume: Path | None = None, *, task: Any = None) -> Pa
         allowed = f"up to {4 * (os.cpu_count() or 1)} on this machine"
         raise ConfigError(f"threads: got {config.threads}; allowed: {allowed}")
     torch.set_num_threads(config.threads)
+    if config.track:
+        importable(config.track)  # said before anything is made
     out = free_folder(config) if resume is None else resume
     state, notes = (None, []) if resume is None else find(resume)
     try:
@@ -62,6 +65,8 @@ def train(config: Config, resume: Path | None = None, *, task: Any = None) -> Pa
         raise ConfigError(f"out: {reason}") from None
     if config.model and resume is None and (Path(config.model).parent / "state").is_dir():
         log.line(f"a new run from these weights; --resume {Path(config.model).parent} would go on")
+    if config.track:
+        log.tracker = Tracker(config.track, out, config, log.line)
     for note in notes:
         log.line(f"not resumed from {note}")
     try:
