@@ -33,7 +33,7 @@ def test_call(call, backend, rows):
 
 
 def test_predictions(rows):
-    """Issue 12: 42 ms and 3.0 ms, and 20 launches where there is little to do."""
+    """42 ms and 3.0 ms, and 20 launches where there is little to do."""
     for name, bar in minimum.MILLISECONDS.items():
         assert 1e3 * rows[name, "triton"].time.total <= bar
     assert minimum.MILLISECONDS == {LARGE: 42.0, SMOL: 3.0}

@@ -140,6 +140,8 @@ def test_a_jsonl_trains_and_its_splits_never_meet(tmp_path):
     options = {"prompt": "{question}", "max_new": 4, "scorer": {"number": 0.5, "exact": 0.5}}
     config = Config(task=path, task_options=json.dumps(options), out=str(tmp_path / "run"), **SMALL)
     out = train(dataclasses.replace(config, eval_prompts=256))  # more than are held out
+    held = splits["held out"].count
+    assert f"score on {held} held-out prompts" in (out / "summary.txt").read_text()
     records = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["kind"] == "step"]
     assert all(r["reward_number"] + r["reward_exact"] == pytest.approx(r["reward"]) for r in steps)

@@ -23,13 +23,13 @@ def write_report(out: Path, config: Config, trainer: Trainer, samples: list[list
     drawn = draw_curve(trainer.log, config, out / "curve.png")
     rows = sample_rows(trainer, samples)
     table = sample_table(rows)
-    told = [*learned(trainer.log, config), "", *speed(trainer)]
+    told = [*learned(trainer.log, config, len(trainer.held_out)), "", *speed(trainer)]
     (out / "report.html").write_text(page(config, trainer.log, told, rows), encoding="utf-8")
     (out / "samples.txt").write_text("\n".join(table[: WRITTEN + 1]) + "\n")
     text = "\n".join(
         [
             "",
-            *learned(trainer.log, config),
+            *learned(trainer.log, config, len(trainer.held_out)),
             "",
             *(f"  {row}" for row in table[: SHOWN + 1]),
             "",
@@ -45,9 +45,9 @@ def write_report(out: Path, config: Config, trainer: Trainer, samples: list[list
     return text
 
 
-def learned(log: Log, config: Config) -> list[str]:
+def learned(log: Log, config: Config, prompts: int) -> list[str]:
     first, last = log.of("eval")[0], log.of("eval")[-1]
-    lines = [f"{config.task}: score on {config.eval_prompts} held-out prompts, before and after RL"]
+    lines = [f"{config.task}: score on {prompts} held-out prompts, before and after RL"]
     for name, what in (("sampled", "one sample"), ("greedy", "greedy")):
         change = 100 * (last[name] - first[name])
         lines.append(f"  {what:<11} {first[name]:.3f} -> {last[name]:.3f}  ({change:+.1f} points)")

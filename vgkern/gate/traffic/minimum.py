@@ -4,7 +4,7 @@ Bytes are those of a form: the products are calls of their own (no kernel of the
 here), their 16-bit factors and fp32 results pass through memory, and so does what one of them hands
 to the next. A result is written once and every consumer reads it once; nothing is copied, cast or
 cleared on the way, and a value that a kernel could keep in a register costs nothing. A block of
-logits of 2.5 GiB fits (the bar of issue 12 on memory), so that more of them are made in `chunks`.
+logits of 2.5 GiB fits (the bar on extra memory), so that more of them are made in `chunks`.
 Vectors of the rows count at 4 or 8 bytes an element.
 
 `most_bytes` is 1.15 times that, and a mebibyte, which is a third of a microsecond.
