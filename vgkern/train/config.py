@@ -229,9 +229,29 @@ def _flag(kind: type, text: str) -> Any:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: {kind.__name__}") from None
 
 
+OTHERS = {  # what other trainers call it
+    "learning_rate": "lr", "warmup_steps": "lr_warmup", "max_grad_norm": "grad_clip",
+    "num_generations": "group", "rollout_n": "group", "group_size": "group", "n_samples": "group",
+    "batch_size": "prompts", "per_device_train_batch_size": "prompts",
+    "train_batch_size": "prompts", "max_steps": "steps", "num_train_epochs": "steps",
+    "epochs": "steps", "num_iterations": "updates_per_batch", "ppo_epochs": "updates_per_batch",
+    "kl_coef": "beta", "kl_loss_coef": "beta",
+    "entropy_coeff": "entropy_coef", "epsilon": "clip_low", "epsilon_high": "clip_high",
+    "clip_ratio_low": "clip_low", "clip_ratio_high": "clip_high", "loss_type": "objective",
+    "output_dir": "out", "save_steps": "save_every", "eval_steps": "eval_every",
+    "model_name_or_path": "model", "dataset": "task", "train_files": "task", "report_to": "track",
+    "mask_truncated_completions": "cut_off", "resume_from_checkpoint": "resume",
+}  # fmt: skip
+
+
 def _nearest(name: str, names: list[str]) -> str:
+    """What a name that nobody knows may stand for, with the dashes that `names` have."""
+    known = OTHERS.get(name.replace("-", "_"))
+    if known is not None:
+        return f"did you mean {known.replace('_', '-') if '-' in ''.join(names) else known}?"
     near = difflib.get_close_matches(name, names, 3, 0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(names)}"
+    near = near or [n for n in names if n in name or name in n][:3]
+    return f"did you mean {' or '.join(near)}?" if near else "train --help lists every setting"
 
 
 def from_dict(values: dict[str, Any], source: str) -> Config:
