@@ -27,7 +27,7 @@ OLDEST_SELECTED := not parity or float32 and (h7 or n4 or ragged) or bfloat16 an
 # What a change most often breaks, in under two minutes (`make check`).
 CHECKED := $(addprefix tests/test_,$(addsuffix .py,layering packaging objectives policy_loss \
   linear_policy_loss linear_token_logprobs token_logprobs group_advantages noise messages train \
-  train_config train_faults resume tasks own_tasks scorers use page readme))
+  train_config train_faults resume state tasks own_tasks rewards scorers use page readme))
 GATES := tests/test_gate_triton.py tests/test_gate_cuda.py
 
 # A stamp is named by what it stands for, so that a change of content, and only that, makes it old.

@@ -1,11 +1,10 @@
 """Heads under DDP and FSDP2, two gloo ranks against one process: the drop-ins, and the ops by the
 advice that their own message gives."""
 
-import datetime
 import re
-import time
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -170,11 +169,7 @@ def check_ops(rank):
 
 
 def worker(rank, store):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD,
-        timeout=datetime.timedelta(seconds=100),
-    )  # fmt: skip
+    ranks.join(rank, store, WORLD)
     check_drop_ins(rank)
     check_ops(rank)
     dist.barrier()
@@ -183,10 +178,4 @@ def worker(rank, store):
 
 @pytest.mark.timeout(300)
 def test_two_ranks(tmp_path):
-    started = torch.multiprocessing.spawn(worker, (tmp_path / "store",), nprocs=WORLD, join=False)
-    end = time.monotonic() + 240
-    while not started.join(timeout=5):
-        if time.monotonic() > end:
-            for process in started.processes:
-                process.kill()
-            pytest.fail("the ranks hang")
+    ranks.run(worker, WORLD, tmp_path / "store")

@@ -1,9 +1,7 @@
 """linear_token_logprobs(group=...) among 1, 2 and 4 ranks, against the head in one piece."""
 
-import datetime
-import time
-
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from oracle import EAGER, fp64, measure, outputs, run
@@ -200,11 +198,7 @@ def check_all(group):
 def worker(rank, store):
     """One spawn for everything: a group of one, one of two whose ranks are not the global ones, and
     all four."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=4,
-        timeout=datetime.timedelta(seconds=100),
-    )  # fmt: skip
+    ranks.join(rank, store, 4)
     solo, pair = dist.new_group([0]), dist.new_group([2, 3])
     if rank == 0:
         check_all(solo)
@@ -225,21 +219,11 @@ def test_ranks(tmp_path):
     if conftest.INTERPRETED:
         pytest.skip("the interpreter is no place for process groups")
     conftest.skip_unless_runs("cpu")
-    started = torch.multiprocessing.spawn(worker, (tmp_path / "store",), nprocs=4, join=False)
-    end = time.monotonic() + 240
-    while not started.join(timeout=5):
-        if time.monotonic() > end:
-            for process in started.processes:
-                process.kill()
-            pytest.fail("the ranks hang")
+    ranks.run(worker, 4, tmp_path / "store")
 
 
 def pair(rank, store, backend):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2,
-        timeout=datetime.timedelta(seconds=100),
-    )  # fmt: skip
+    ranks.join(rank, store, 2)
     options = {"bias": "blocked", "temperature": 0.7}
     check_case(("pair", (6,), 16, 37, BF16, options), backend, dist.group.WORLD)
     dist.destroy_process_group()
@@ -248,7 +232,7 @@ def pair(rank, store, backend):
 def test_a_pair_of_ranks(backend, tmp_path):
     if backend in ("torch", "cpu"):
         pytest.skip("among the ranks above")
-    torch.multiprocessing.spawn(pair, (tmp_path / "store", backend), nprocs=2)
+    ranks.run(pair, 2, tmp_path / "store", backend)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
