@@ -146,22 +146,23 @@ def check(model: Any, tolerance: float = 1e-3) -> None:
     try:
         with torch.no_grad():
 
-            def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, bool]:
                 given = head(hidden, weight, bias, 1.0, softcap, scale)
-                return linear_token_logprobs(given.hidden, given.weight, ids, **options(given)).logp
+                out = linear_token_logprobs(given.hidden, given.weight, ids, **options(given))
+                return out.logp, weight is lm_head.weight
 
-            def both(forward: Callable[..., Any] = model.forward) -> tuple[Tensor, Tensor]:
+            def both(forward: Callable[..., Any] = model.forward) -> tuple[Tensor, bool, Tensor]:
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                ours = _weight.through(lm_head, score, hidden)
-                return ours, forward(input_ids=ids, use_cache=False).logits
+                ours, plain = _weight.through(lm_head, score, hidden)
+                return ours, plain, forward(input_ids=ids, use_cache=False).logits
 
-            ours, logits = _weight.inside(model, both)  # gathers what FSDP has sharded
+            ours, plain, logits = _weight.inside(model, both)  # gathers what FSDP has sharded
     finally:
         for module, was in training.items():
             module.training = was
     stock = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     rounding = 8 * torch.finfo(logits.dtype).eps * float(logits.detach().abs().max())
-    if not _weight.is_plain(lm_head):
+    if not plain:
         rounding += 0.01 * float(logits.detach().abs().max())
     gap = float((ours - stock).abs().max())
     if not gap <= tolerance + rounding:

@@ -79,11 +79,6 @@ def of(lm_head: Any) -> tuple[Tensor, Tensor | None]:
     return matrix(weight, getattr(state, "SCB", None)), bias
 
 
-def is_plain(lm_head: Any) -> bool:
-    """Whether the head's weight is its matrix."""
-    return of(lm_head)[0] is lm_head.weight
-
-
 def through(
     lm_head: Any, function: Callable[[Tensor, Tensor, Tensor | None], Any], hidden: Tensor
 ) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import importlib.util
 import inspect
 import json
@@ -154,10 +155,11 @@ class JsonlTask:
         self.name, self.max_new = Path(path).stem, length
         self.grade: Callable[[str, str], Any] = scorer(given["scorer"])
         rows = read_jsonl(Path(path), given["question"], given["answer"])
+        places = {q: _place(q) for q, _ in rows}
         split = str(seed).split()[0]
         low, high = SPLITS.get(split, SPLITS["train"])
-        shots = sorted((p for p in rows if _place(p[0]) >= SPLITS["train"][0]),
-                       key=lambda p: _place(p[0]))[:few_shot]  # fmt: skip
+        to_train = [row for row in rows if places[row[0]] >= SPLITS["train"][0]]
+        shots = heapq.nsmallest(few_shot, to_train, key=lambda row: places[row[0]])
         if len(shots) < few_shot:
             raise ValueError(f"few_shot: got {few_shot}; allowed: up to {len(shots)} in {path}")
         form = given["prompt"]
@@ -165,7 +167,7 @@ class JsonlTask:
         self.entries = [
             Entry(prefix + form.replace("{question}", q), a, {"question": q})
             for q, a in rows
-            if low <= _place(q) < high and (q, a) not in shots
+            if low <= places[q] < high and (q, a) not in shots
         ]
         self.count, self.seed = len(self.entries), seed
         self.order: tuple[int, list[int]] = (-1, [])  # of the epoch that was asked for last

@@ -137,6 +137,8 @@ class Config:
                 remedy = "kl_estimator = 'analytic'"
             for name in ("future", "discount"):
                 idle[name] = (text, f"any with {remedy}")
+        if self.cut_off != "value":
+            idle["cut_off_value"] = (f"under cut_off {self.cut_off!r}", "cut_off = 'value'")
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if spec.name in idle and value != spec.default:
@@ -146,11 +148,6 @@ class Config:
                     f"allowed: {spec.default!r}, or {remedy}"
                 )
 
-        if self.cut_off_value and self.cut_off != "value":
-            raise ConfigError(
-                f"cut_off_value: got {self.cut_off_value!r}, which does nothing under cut_off "
-                f"{self.cut_off!r}; allowed: 0.0, or cut_off = 'value'"
-            )
         self._check_sparse()
 
     def _check_sparse(self) -> None:

@@ -7,6 +7,7 @@ same whatever else is in the batch, and a run can be replayed from its metrics.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -96,29 +97,36 @@ def decode(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
-CUT_OFF = ("score", "value", "mask")
+def reward(task: Task, text: str, entry: Entry, finished: bool, seconds: float = 0.0) -> Reward:
+    """The task's score of a text; of one that was cut off at most that of an empty answer, so that
+    running on is never better than giving up, whatever the task gives a wrong one."""
+    found = checked_score(task, text, entry, seconds)
+    if finished:
+        return found
+    empty = checked_score(task, "", entry, seconds)
+    if math.isnan(empty.value):  # the task says nothing of giving up
+        empty = Reward(0.0)
+    return empty if empty.value < found.value else found
 
 
 def score(
     task: Task, texts: list[str], entries: list[Entry], rollout: Rollout, cut_off: str = "score",
     value: float = 0.0, seconds: float = 0.0,
 ) -> list[Reward]:  # fmt: skip
-    """One reward per row. A completion that was cut off has, by `cut_off`: "score", the task's
-    score of its text, but at most that of an empty answer, so that running on is never better than
-    giving up, whatever the task gives a wrong one; "value", `value`; "mask", none at all. seconds:
-    see `checked_score`."""
+    """One reward per row. A completion that was cut off has, by `cut_off`: "score", its `reward`;
+    "value", `value`; "mask", none at all. seconds: see `checked_score`."""
     group = len(texts) // len(entries)
-    found = []
-    for row, (text, done) in enumerate(zip(texts, rollout.finished.tolist(), strict=True)):
-        entry = entries[row // group]
-        if not done and cut_off != "score":
-            found.append(Reward(value if cut_off == "value" else math.nan))
-            continue
-        reward = checked_score(task, text, entry, seconds)
-        if not done:
-            empty = checked_score(task, "", entry, seconds)
-            if math.isnan(empty.value):  # the task says nothing of giving up
-                empty = Reward(0.0)
-            reward = empty if empty.value < reward.value else reward
-        found.append(reward)
-    return found
+    fixed = {"value": Reward(value), "mask": Reward(math.nan)}.get(cut_off)
+    return [
+        fixed
+        if fixed is not None and not done
+        else reward(task, text, entries[row // group], done, seconds)
+        for row, (text, done) in enumerate(zip(texts, rollout.finished.tolist(), strict=True))
+    ]
+
+
+def portions(prompts: list[list[int]], group: int, max_new: int, tokens: int) -> Iterator[slice]:
+    """Parts of the prompts whose rows come to at most `tokens` at their longest; one at least."""
+    size = max(1, tokens // (group * (max(map(len, prompts)) + max_new)))
+    for at in range(0, len(prompts), size):
+        yield slice(at, min(at + size, len(prompts)))

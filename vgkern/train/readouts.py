@@ -23,7 +23,7 @@ import vgkern
 from vgkern import costate
 from vgkern.tasks import Entry, Task
 
-from .generate import Rollout, decode, generate, score
+from .generate import Rollout, decode, generate, portions, score
 from .policy import Policy, Tokenizer, encode
 
 TOKENS = 8192  # of one part: its prompts times G texts, the longest of each
@@ -78,11 +78,9 @@ def measure(
     show(done, of) is called after each part. Raises what generating and scoring raise.
     """
     prompts = [encode(tokenizer, entry.question) for entry in entries]
-    size = max(1, TOKENS // (sampling.group * (max(map(len, prompts)) + task.max_new)))
     parts: list[tuple[Groups, Text]] = []
-    for at in range(0, len(prompts), size):
-        some = slice(at, at + size)
-        ids = torch.arange(len(prompts[some]) * sampling.group) + at * sampling.group
+    for some in portions(prompts, sampling.group, task.max_new, TOKENS):
+        ids = torch.arange(some.start * sampling.group, some.stop * sampling.group)
         rollout = generate(
             policy, prompts[some], tokenizer.stops, group=sampling.group, max_new=task.max_new,
             seed=sampling.seed, sequence=ids, temperature=sampling.temperature,
@@ -90,7 +88,7 @@ def measure(
         given = score(task, decode(rollout, tokenizer), entries[some], rollout)
         rewards = torch.tensor([reward.value for reward in given]).nan_to_num(0.0)
         parts.append(read(policy, prompts[some], rollout, rewards, ids, sampling))
-        show(min(at + size, len(prompts)), len(prompts))
+        show(some.stop, len(prompts))
     names = [field.name for field in fields(Groups)]
     groups = Groups(**{n: torch.cat([getattr(g, n) for g, _ in parts]) for n in names})
     texts = [text for g, text in parts if bool((g.rewards != g.rewards[:, :1]).any())]

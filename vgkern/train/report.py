@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vgkern.tasks import Entry
 
 from .log import Log
 from .page import page
@@ -22,7 +25,7 @@ def write_report(out: Path, config: Config, trainer: Trainer, samples: list[list
     """Write `curve.png`, `samples.txt`, `report.html` and `summary.txt`; return the summary."""
     drawn = draw_curve(trainer.log, config, out / "curve.png")
     rows = sample_rows(trainer, samples)
-    table = sample_table(rows)
+    table = aligned(rows)
     told = [*learned(trainer.log, config, len(trainer.held_out)), "", *speed(trainer)]
     (out / "report.html").write_text(page(config, trainer.log, told, rows), encoding="utf-8")
     (out / "samples.txt").write_text("\n".join(table[: WRITTEN + 1]) + "\n")
@@ -116,23 +119,27 @@ def sample_rows(trainer: Trainer, samples: list[list[str]]) -> list[tuple[str, .
     rows: list[tuple[str, ...]] = [("question", "answer", "before", "after")]
     columns = (samples[0], samples[-1])
     for entry, before, after in zip(trainer.held_out[:WRITTEN], *columns, strict=False):
-        asked = entry.question if isinstance(entry.question, str) else entry.question[-1]["content"]
-        question = asked.strip().rsplit("\n\n", 1)[-1]
-        rows.append((question, str(entry.answer), before, after))
+        rows.append((*asked(entry), before, after))
     return rows
 
 
-def sample_table(rows: list[tuple[str, ...]]) -> list[str]:
-    """One line each."""
-    cells = [[_short(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(4)]
+def asked(entry: Entry) -> tuple[str, str]:
+    """Question and answer as a table shows them: without what stands before every question."""
+    text = entry.question if isinstance(entry.question, str) else entry.question[-1]["content"]
+    return text.strip().rsplit("\n\n", 1)[-1], str(entry.answer)
+
+
+def aligned(rows: Sequence[tuple[str, ...]], limit: int = 40) -> list[str]:
+    """One line each, in columns of at most `limit` characters."""
+    cells = [[_short(cell, limit) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     ]
 
 
-def _short(text: str, limit: int = 40) -> str:
+def _short(text: str, limit: int) -> str:
     text = text.strip().replace("\n", " ").encode("unicode_escape").decode()
     return text if len(text) <= limit else "..." + text[3 - limit :]
 

@@ -128,7 +128,8 @@ def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream
         load_policy(find_weights(config.model)[0]) if config.model else new_policy(config)
     )
     check = getattr(policy, "check", None)  # what cannot be encoded or is too long, said now
-    known = held_out + validation + getattr(task, "entries", [])  # of a file every question
+    whole = task.entries if isinstance(task, JsonlTask) else []  # of a file every question
+    known = held_out + validation + whole
     prompts = [encode(tokenizer, entry.question) for entry in known]
     if check is not None:
         check([max(prompts, key=len)], task.max_new)
@@ -201,8 +202,8 @@ class Run:
             lr=config.warm_lr, seed=config.seed,
         )  # fmt: skip
         if state is not None:
-            restore(trainer, state, warm.optimizer)
-            warm.back_to((found := read(state))["number"], found["warm"])
+            found = restore(trainer, state, warm.optimizer)
+            warm.back_to(found["number"], found["warm"])
             log.line(f"going on from warm start {warm.step}")
         first = warm.step
         for loss in warm:
@@ -242,8 +243,7 @@ class Run:
         try:
             texts = evaluate(self.trainer, step)
         except Exception:
-            more = {"samples": self.samples, "measured": False}
-            self.keeper.save(self.trainer, "step", step, **more)
+            self.save(step, measured=False)
             raise
         self.samples[1 if step else 0 :] = [texts]
         show(self.trainer, step, left)
@@ -256,9 +256,12 @@ class Run:
         except Exception:
             if not self.trainer.stepped:
                 self.trainer.back_to(edge)
-                more = {"samples": self.samples, "measured": True}
-                self.keeper.save(self.trainer, "step", step - 1, **more)
+                self.save(step - 1, measured=True)
             raise
+
+    def save(self, step: int, measured: bool) -> None:
+        more = {"samples": self.samples, "measured": measured}
+        self.keeper.save(self.trainer, "step", step, **more)
 
 
 def show(trainer: Trainer, step: int, left: float) -> None:

@@ -93,8 +93,11 @@ def _tensors(trainer: Trainer, optimizer: torch.optim.Optimizer) -> dict[str, Te
     return found
 
 
-def restore(trainer: Trainer, folder: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+def restore(
+    trainer: Trainer, folder: Path, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
     """Weights, optimizer, random states and counters, as they were; `find` has checked the files.
+    Returns what `read` does.
 
     optimizer: that of a warm start, in place of the trainer's.
     """
@@ -110,7 +113,9 @@ def restore(trainer: Trainer, folder: Path, optimizer: torch.optim.Optimizer | N
         place, _, name = key.partition(".")
         states.setdefault(int(place), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    trainer.back_to(read(folder)["trainer"])
+    found = read(folder)
+    trainer.back_to(found["trainer"])
+    return found
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ print(model.generate(["3152="]))
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,20 @@ import torch
 from vgkern.errors import ConfigError
 from vgkern.tasks import Question
 from vgkern.train.checkpoint import find, load_policy
-from vgkern.train.generate import decode, generate
+from vgkern.train.generate import decode, generate, portions
 from vgkern.train.policy import Policy, Tokenizer, encode
 
 TOKENS = 16384  # of one part of a batch: its rows times the longest text they may come to
+
+
+def command(name: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of a command that takes a checkpoint; `text` is its module's."""
+    p = argparse.ArgumentParser(
+        prog=f"python -m vgkern {name}", description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument("model", metavar="CKPT", help="a run, a checkpoint, a Hugging Face name")
+    return p
 
 
 @dataclass(frozen=True)
@@ -68,15 +79,12 @@ class Model:
             if check is not None:
                 check([max(ids, key=len)], max_new)
             cuts = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-            rows = TOKENS // (count * (max(map(len, ids)) + max_new))
             found: list[list[Sampled]] = []
-            for at in range(0, len(ids), max(1, rows)):
-                part = ids[at : at + max(1, rows)]
-                start = (first + at) * count
+            for some in portions(ids, count, max_new, TOKENS):
+                numbers = torch.arange((first + some.start) * count, (first + some.stop) * count)
                 rollout = generate(
-                    self.policy, part, self.tokenizer.stops, group=count, max_new=max_new,
-                    seed=seed, sequence=torch.arange(start, start + len(part) * count),
-                    temperature=temperature, **cuts,
+                    self.policy, ids[some], self.tokenizer.stops, group=count, max_new=max_new,
+                    seed=seed, sequence=numbers, temperature=temperature, **cuts,
                 )  # fmt: skip
                 texts = decode(rollout, self.tokenizer)
                 each = [Sampled(*x) for x in zip(texts, rollout.finished.tolist(), strict=True)]

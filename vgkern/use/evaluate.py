@@ -20,11 +20,14 @@ import numpy as np
 import torch
 
 from vgkern.errors import ConfigError
-from vgkern.tasks import Entry, Task, checked_score, make_task
+from vgkern.tasks import Entry, Task, make_task
+from vgkern.train.generate import reward
 from vgkern.train.log import clock
+from vgkern.train.report import aligned
+from vgkern.train.report import asked as shown
 from vgkern.train.run import entries_of
 
-from . import Model, Sampled, load
+from . import Model, Sampled, command, load
 from .sample import options
 
 DRAWS = 2000
@@ -44,11 +47,7 @@ class Answers:
 
 
 def main(arguments: list[str]) -> None:
-    p = argparse.ArgumentParser(
-        prog="python -m vgkern eval", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    p.add_argument("model", metavar="CKPT", help="a run, a checkpoint, a Hugging Face name")
+    p = command("eval", __doc__)
     p.add_argument("--task", help="as of train (that of the run)")
     p.add_argument("--task-options", help="as of train (those of the run)")
     p.add_argument("--few-shot", type=int, help="as of train (that of the run)")
@@ -125,11 +124,7 @@ def measure(
 
 def score(task: Task, sampled: Sampled, entry: Entry) -> float:
     """As the trainer's `cut_off = score`; NaN where the task says nothing."""
-    value = checked_score(task, sampled.text, entry).value
-    if sampled.finished:
-        return value
-    empty = checked_score(task, "", entry).value
-    return min(value, 0.0 if math.isnan(empty) else empty)
+    return reward(task, sampled.text, entry, sampled.finished).value
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -173,21 +168,9 @@ def screen(
     rows = [("question", "answer", "greedy", "best sample", "worst sample")]
     for a in found[:SHOWN]:
         order = np.argsort(a.scores, kind="stable")
-        asked = a.entry.question
-        asked = asked if isinstance(asked, str) else asked[-1]["content"]
-        rows.append((asked.strip().rsplit("\n\n", 1)[-1], str(a.entry.answer), a.greedy.text,
-                     a.samples[order[-1]].text, a.samples[order[0]].text))  # fmt: skip
-    cells = [[_short(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(5)]
-    return lines + [
-        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-
-
-def _short(text: str, limit: int = 28) -> str:
-    text = text.strip().replace("\n", " ").encode("unicode_escape").decode()
-    return text if len(text) <= limit else "..." + text[3 - limit :]
+        rows.append((*shown(a.entry), a.greedy.text, a.samples[order[-1]].text,
+                     a.samples[order[0]].text))  # fmt: skip
+    return lines + ["  " + row for row in aligned(rows, 28)]
 
 
 def _plain(a: Answers) -> dict[str, Any]:

@@ -7,7 +7,6 @@ samples are in the generation config's `suppress_tokens`: Llama's head has no bi
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -24,17 +23,13 @@ from vgkern.train.layers import EPS
 from vgkern.train.model import Decoder
 from vgkern.train.tokenizer import CharTokenizer
 
-from . import Model, load
+from . import Model, command, load
 
 INSTALL = "pip install 'transformers>=5' tokenizers"
 
 
 def main(arguments: list[str]) -> None:
-    p = argparse.ArgumentParser(
-        prog="python -m vgkern export", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    p.add_argument("model", metavar="CKPT", help="a run, a checkpoint, a Hugging Face name")
+    p = command("export", __doc__)
     p.add_argument("out", metavar="OUT", help="the folder to make")
     asked = p.parse_args(arguments)
     out = Path(asked.out)

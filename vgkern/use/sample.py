@@ -11,12 +11,11 @@ from typing import Any
 from vgkern.errors import ConfigError, RunError
 from vgkern.tasks import make_task
 
-from . import Model, load
+from . import Model, command, load
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m vgkern sample", description=__doc__)
-    p.add_argument("model", metavar="CKPT", help="a run, a checkpoint, a Hugging Face name")
+    p = command("sample", __doc__)
     p.add_argument("--prompt", help="what to go on from; without it every line of the input is one")
     p.add_argument("--count", type=int, default=1, help="samples of each prompt (1)")
     p.add_argument("--max-new", type=int, help="tokens of an answer (its task's, else 64)")
