@@ -10,7 +10,7 @@ import vgkern
 from vgkern.costate import replay, replay_agreement
 from vgkern.ops.noise import Noise
 from vgkern.train import generate
-from vgkern.train.trainer import REPLAY_WARN
+from vgkern.train.device import LIMITS
 
 N, H, V = 300, 16, 40
 
@@ -164,7 +164,7 @@ def test_a_sampler_that_agrees(monkeypatch):
 )
 def test_a_wrong_sampler_shows_within_one_step(monkeypatch, fault):
     one = made()
-    assert 0.5 < step(one, monkeypatch, **fault) < REPLAY_WARN
+    assert 0.5 < step(one, monkeypatch, **fault) < LIMITS["fp32"].replay_warn
     assert len(warned(one)) == 1
     step(one, monkeypatch, **fault)
     assert len(warned(one)) == 1  # said once
@@ -182,7 +182,7 @@ def test_a_stale_sampler_shows_within_one_step(monkeypatch):
     assert not warned(one)
     one.parts.replay = True
     one.check_replay(one.gradient(batch, True)["replay"])
-    assert 0.5 < one.replay < REPLAY_WARN and len(warned(one)) == 1
+    assert 0.5 < one.replay < LIMITS["fp32"].replay_warn and len(warned(one)) == 1
 
 
 def test_every_step_reports_it_unless_told_otherwise(monkeypatch):

@@ -20,6 +20,7 @@ from vgkern import objectives
 from vgkern.errors import ConfigError
 from vgkern.ops.linear_divergence import KINDS
 
+from .device import DEVICES, DTYPES
 from .track import TRACKERS
 
 
@@ -41,6 +42,11 @@ class Config:
     model: str = _option("", "checkpoint folder, or a Hugging Face name; empty: a new small model")
     out: str = _option("", "output folder; empty: runs/<task>-<time>")
     seed: int = _option(0, "seed of weights, data order and sampling", 0, 2**62)
+    device: str = _option("auto", "auto: a GPU where there is one", choices=DEVICES)
+    dtype: str = _option(
+        "auto", "of products; weights and statistics are fp32. auto: bf16 for a Hugging Face model "
+        "on a GPU", choices=DTYPES,
+    )  # fmt: skip
     threads: int = _option(1, "CPU threads; small models gain nothing from more", 1)
 
     width: int = _option(128, "model width of a new model", 8)

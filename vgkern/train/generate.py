@@ -16,6 +16,7 @@ from torch import Tensor
 import vgkern
 from vgkern.tasks import Entry, Reward, Task, checked_score
 
+from .device import of, precision
 from .policy import Policy, Tokenizer
 
 
@@ -31,8 +32,15 @@ class Rollout(NamedTuple):
 
     @property
     def mask(self) -> Tensor:  # [R, w] bool: tokens of samples that teach
-        mask = torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        place = torch.arange(self.tokens.shape[1], device=self.lengths.device)
+        mask = place < self.lengths[:, None]
         return mask if self.teaches is None else mask & self.teaches[:, None]
+
+    def to(self, device: torch.device) -> Rollout:
+        def moved(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field.to(device, non_blocking=True)
+
+        return Rollout(*map(moved, self))  # type: ignore[arg-type]
 
     def select(self, rows: Tensor) -> Rollout:
         tokens, logp, lengths, finished = (field[rows] for field in self[:4])
@@ -53,26 +61,29 @@ def generate(
     temperature: float = 1.0,  # 0: greedy
     **cuts: Any,  # top_k, top_p, min_p of `vgkern.linear_sample`
 ) -> Rollout:
-    """Sample until the end of sequence or `max_new` tokens. The last token is kept and trained."""
+    """Sample until the end of sequence or `max_new` tokens. The last token is kept and trained.
+
+    Tokens, and all that follows from them, are the host's, wherever the policy is.
+    """
     rows = len(prompts) * group
     tokens = torch.zeros(rows, max_new, dtype=torch.int64)
     logp = torch.zeros(rows, max_new)
     lengths = torch.full((rows,), max_new)
     finished = torch.zeros(rows, dtype=torch.bool)
     live = torch.arange(rows)
-    stop = torch.tensor(stops)
-    with torch.inference_mode():
+    stop, device = torch.tensor(stops), of(policy)
+    with torch.inference_mode(), precision(policy):
         head = policy.head()
         state, hidden = policy.prefill(prompts, group, max_new)
         for position in range(max_new):
-            noise = vgkern.Noise(seed, sequence[live], torch.tensor(position))
+            noise = vgkern.Noise(seed, sequence[live].to(device), torch.tensor(position))
             sample = vgkern.linear_sample(
                 hidden, head.weight, noise,
                 bias=head.bias, softcap=head.softcap, temperature=temperature, **cuts,
             )  # fmt: skip
-            token = sample.token
+            token = sample.token.cpu()
             tokens[live, position] = token
-            logp[live, position] = sample.logp.float()
+            logp[live, position] = sample.logp.float().cpu()
             ended = torch.isin(token, stop)
             lengths[live[ended]] = position + 1
             finished[live[ended]] = True

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vgkern.logit_scale import scaling
 
+from .device import rounded
 from .policy import BLOCKED, Head
 
 Ints = NDArray[np.int64]
@@ -134,6 +135,7 @@ class HFPolicy(torch.nn.Module):
     """The `Policy` protocol over `transformers`; dropout is off, in the update too."""
 
     blocked: Tensor  # [V] fp32: 0, or BLOCKED
+    compute = "fp32"  # see `device.py`
 
     def __init__(self, model: Any, blocked: Iterable[int] = (), name: str = "") -> None:
         super().__init__()
@@ -168,14 +170,16 @@ class HFPolicy(torch.nn.Module):
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         """A scale of the logits (Granite, Cohere) is one of the states that the head takes."""
-        return hidden if self.scale == 1 else self.scale * hidden
+        return rounded(self, hidden if self.scale == 1 else self.scale * hidden)
 
-    def _body(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-        if self.window is not None and int(positions.max()) >= self.window:
+    def _fits(self, longest: int) -> None:  # tokens; counted on the host: looking would wait
+        if self.window is not None and longest > self.window:
             raise ValueError(
-                f"a text has {int(positions.max()) + 1} tokens; {self.name} attends over, or was"
+                f"a text has {longest} tokens; {self.name} attends over, or was"
                 f" built for, at most {self.window}"
             )
+
+    def _body(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         out = self.model.base_model(
             input_ids=ids,
             attention_mask=mask,
@@ -187,6 +191,7 @@ class HFPolicy(torch.nn.Module):
 
     def _masked(self, packed: Packed, nodes: Nodes, sees: Mask, cache: Any) -> Tensor:
         """Forward packed nodes against the cache; sees [M, keys]. Returns [M, H]."""
+        self._fits(int(nodes.position.max()) + 1)
         rows, keys = len(packed.ids), sees.shape[1]
         allowed = np.zeros((rows, packed.width, keys), bool)
         own = np.arange(packed.width)
@@ -195,7 +200,8 @@ class HFPolicy(torch.nn.Module):
         dtype = self.output.weight.dtype
         mask = torch.zeros(allowed.shape, dtype=dtype)
         mask.masked_fill_(torch.from_numpy(~allowed), torch.finfo(dtype).min)
-        hidden = self._body(packed.ids, packed.positions, mask[:, None].to(self.device), cache)
+        there = mask[:, None].to(self.device, non_blocking=True)
+        hidden = self._body(packed.ids, packed.positions, there, cache)
         return hidden.flatten(0, 1)[self._index(nodes.row * packed.width + packed.column)]
 
     def _forest(
@@ -269,6 +275,7 @@ class HFPolicy(torch.nn.Module):
         ids = torch.zeros(len(full), max(map(len, full)), dtype=torch.long)
         for row, tokens in zip(ids, full, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
+        self._fits(ids.shape[1])
         positions = torch.arange(ids.shape[1], device=self.device)[None].expand(len(full), -1)
         hidden = self._body(ids.to(self.device), positions, None, None)
         first = np.array([len(prompts[i // group]) - 1 for i in range(len(full))])

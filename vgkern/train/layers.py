@@ -63,8 +63,12 @@ def rotate(qkv: Tensor, angle: Tensor) -> None:
     qkv [M, 3D]; angle complex [M, dh/2]. Pairs are neighbouring channels.
     """
     heads = 2 * qkv.shape[1] // 3 // (2 * angle.shape[1])
-    pairs = qkv[:, : 2 * qkv.shape[1] // 3].view(len(qkv), heads, angle.shape[1], 2)
+    given = qkv[:, : 2 * qkv.shape[1] // 3]
+    turned = given if given.dtype == torch.float32 else given.float()  # complex has no 16 bits
+    pairs = turned.view(len(qkv), heads, angle.shape[1], 2)
     torch.view_as_complex(pairs).mul_(angle[:, None])
+    if turned is not given:
+        given.copy_(turned)
 
 
 class RotateAndPad(torch.autograd.Function):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .device import rounded
 from .layers import RMSNorm, RotateAndPad, SwiGLU, Unpad, rotate
 from .policy import BLOCKED, Head
 from .tree import Ints, Tree
@@ -47,6 +48,11 @@ class Nodes:
     row: Tensor  # [P*N] inverse of slot; 0 for padding
     mask: Tensor  # [P, 1, N, N] fp32, 0 where a slot may look, -inf where not
     keys_only: int  # how many rows are only keys in the last layer
+
+    def to(self, device: torch.device) -> Nodes:
+        names = ("token", "position", "slot", "row", "mask")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return dataclasses.replace(self, **moved)
 
 
 @dataclass
@@ -81,7 +87,9 @@ class Decoder(nn.Module):
     """`blocked` ids (padding, unused) get bias -1e9 in the one head that everybody reads."""
 
     bias: Tensor
+    angle: Tensor  # complex64 [context, pairs]
     layers: list[Layer]
+    compute = "fp32"  # see `device.py`
 
     def __init__(self, shape: Shape, blocked: list[int], seed: int = 0) -> None:
         super().__init__()
@@ -99,9 +107,13 @@ class Decoder(nn.Module):
         pairs = shape.width // shape.heads // 2
         turns = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
         angle = torch.outer(torch.arange(shape.context, dtype=torch.float64), turns)
-        # complex64 [context, pairs]
-        self.angle = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+        turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+        self.register_buffer("angle", turn, persistent=False)
         self.initialize(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.bias.device
 
     def initialize(self, seed: int) -> None:
         """Small residual branches: the network starts close to the identity."""
@@ -128,8 +140,10 @@ class Decoder(nn.Module):
             prompts = [prompt for prompt in prompts for _ in range(group)]
             group = 1
         self.check(prompts, completions.shape[1])
-        nodes, where = tree_nodes(prompts, completions.numpy(), group, lengths.numpy())
-        return self(nodes).index_select(0, where.reshape(-1)).view(*where.shape, -1)
+        host = completions.cpu().numpy(), lengths.cpu().numpy()
+        nodes, where = tree_nodes(prompts, host[0], group, host[1])
+        flat = where.reshape(-1).to(self.device, non_blocking=True)
+        return self(nodes.to(self.device)).index_select(0, flat).view(*where.shape, -1)
 
     def probe_points(self) -> list[nn.Module]:
         """Whose outputs have the residual stream's gradient: a layer adds `down`'s last."""
@@ -147,8 +161,9 @@ class Decoder(nn.Module):
         b, length, width = inputs_embeds.shape
         if length > self.shape.context:
             raise ValueError(f"a text of {length} tokens exceeds context={self.shape.context}")
-        every, place = torch.arange(b * length), torch.arange(length)
-        blocked = torch.full((length, length), -torch.inf, dtype=inputs_embeds.dtype).triu(1)
+        device = inputs_embeds.device
+        every, place = (torch.arange(n, device=device) for n in (b * length, length))
+        blocked = torch.full_like(inputs_embeds[0, :, :1], -torch.inf).expand(-1, length).triu(1)
         nodes = Nodes(
             token=every,
             position=place.repeat(b),
@@ -169,7 +184,7 @@ class Decoder(nn.Module):
             if index == len(self.layers) - 1:  # nobody reads what the prompt's nodes become
                 x, slot = x[nodes.keys_only :], slot[nodes.keys_only :]
             x = layer.finish(x, Unpad.apply(y.transpose(1, 2).reshape(-1, self.shape.width), slot))
-        return RMSNorm.apply(x)
+        return rounded(self, RMSNorm.apply(x))
 
     def by_head(self, rows: Tensor, groups: int) -> tuple[Tensor, ...]:
         """[P*N, c*D] -> c tensors [P, h, N, dh]."""
@@ -187,21 +202,25 @@ class Decoder(nn.Module):
         length = np.array([len(prompt) for prompt in prompts])
         capacity = int(length.max()) + group * (max_new - 1)
         size = (len(prompts) * capacity, 2 * self.shape.width)
-        kv = [torch.zeros(size) for _ in self.layers]  # zeros: unused slots must be finite
+        of = rounded(self, self.bias)
+        kv = [of.new_zeros(size) for _ in self.layers]  # zeros: unused slots must be finite
         cache = Cache(kv, Tree(length, group, capacity), capacity)
         token, of, place = prompt_nodes(prompts)
         x = self.step(cache, token, of, place, place, np.tri(capacity, dtype=bool)[place])
         roots = np.cumsum(length) - 1
-        return cache, x[torch.from_numpy(np.repeat(roots, group))]
+        return cache, x[self.on_device(np.repeat(roots, group))]
 
     def decode(self, state: Cache, tokens: Tensor) -> Tensor:  # [R] -> [R, D]
         tree = state.tree
-        token = tree.grow(tokens.numpy())
+        token = tree.grow(tokens.cpu().numpy())
         x = self.step(state, token, tree.group, tree.slot, tree.rank, tree.sees, tree.position)
-        return x[torch.from_numpy(tree.node)]
+        return x[self.on_device(tree.node)]
+
+    def on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def keep(self, state: Cache, rows: Tensor) -> None:
-        state.tree.keep(rows.numpy())
+        state.tree.keep(rows.cpu().numpy())
 
     def step(
         self,
@@ -220,12 +239,11 @@ class Decoder(nn.Module):
         mask[group, 0, query] = np.where(sees[:, :keys], 0.0, -np.inf)
         row = np.zeros(groups * queries, np.int64)
         row[group * queries + query] = np.arange(len(token))
-        at_slot = torch.from_numpy(group * cache.capacity + slot)
-        at_query = torch.from_numpy(group * queries + query)
-        pad = torch.from_numpy(row)
-        bias = torch.from_numpy(mask)
-        angle = self.angle[torch.from_numpy(slot if position is None else position)]
-        x = self.embedding(torch.from_numpy(token))
+        at_slot = self.on_device(group * cache.capacity + slot)
+        at_query = self.on_device(group * queries + query)
+        pad, bias = self.on_device(row), self.on_device(mask)
+        angle = self.angle[self.on_device(slot if position is None else position)]
+        x = self.embedding(self.on_device(token))
         width = self.shape.width
         for layer, kv in zip(self.layers, cache.kv, strict=True):
             qkv = layer.project(x)
@@ -235,7 +253,7 @@ class Decoder(nn.Module):
             k, v = (t[:, :, :keys] for t in self.by_head(kv, groups))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
             x = layer.finish(x, y.transpose(1, 2).reshape(-1, width).index_select(0, at_query))
-        return RMSNorm.apply(x)
+        return rounded(self, RMSNorm.apply(x))
 
     def check(self, prompts: list[list[int]], new: int) -> None:
         longest = max(map(len, prompts), default=0)
@@ -248,7 +266,7 @@ class Decoder(nn.Module):
 
     def save(self, folder: str) -> None:
         """`model.safetensors` and `config.json`, read back by `load`."""
-        state = {name: weight.contiguous() for name, weight in self.state_dict().items()}
+        state = {name: weight.cpu().contiguous() for name, weight in self.state_dict().items()}
         save_file(state, Path(folder, "model.safetensors"))
         config = {"kind": KIND, "blocked": self.blocked, **dataclasses.asdict(self.shape)}
         Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")

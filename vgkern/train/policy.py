@@ -54,8 +54,14 @@ def encode(tokenizer: Tokenizer, question: Question) -> list[int]:
 class Policy(Protocol):
     """A causal language model, seen as hidden states and a head.
 
-    P prompts, G samples of each; row `p * G + g` is sample g of prompt p.
+    P prompts, G samples of each; row `p * G + g` is sample g of prompt p. Tokens and lengths are
+    given on the host or on the policy's device; hidden states are on the device.
     """
+
+    compute: str  # "fp32" or "bf16": see `device.py`
+
+    @property
+    def device(self) -> torch.device: ...
 
     def head(self) -> Head: ...
 

@@ -20,8 +20,10 @@ from vgkern.tasks.own import JsonlTask, from_python
 from .checkpoint import find as find_weights
 from .checkpoint import load_policy, new_policy, save_checkpoint
 from .config import Config
+from .device import Place, of, place, put
 from .interrupt import Interruption
 from .log import Log, clock
+from .model import Decoder
 from .policy import encode
 from .report import write_report
 from .state import Keeper, find, read, restore
@@ -127,6 +129,7 @@ def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream
     policy, tokenizer = (
         load_policy(find_weights(config.model)[0]) if config.model else new_policy(config)
     )
+    put(policy, place(config.device, config.dtype, own=isinstance(policy, Decoder)))
     check = getattr(policy, "check", None)  # what cannot be encoded or is too long, said now
     whole = task.entries if isinstance(task, JsonlTask) else []  # of a file every question
     known = held_out + validation + whole
@@ -170,7 +173,8 @@ class Run:
         step, measured = 0, False
         if state is not None and found is not None:
             if config.warming and config.beta:  # the KL is to where RL started
-                trainer.parts.reference = load_policy(str(start))[0]
+                reference = trainer.parts.reference = load_policy(str(start))[0]
+                put(reference, Place(of(trainer.policy), trainer.policy.compute))
             restore(trainer, state)
             step, measured = found["number"], found["measured"]
             self.samples = found["samples"]

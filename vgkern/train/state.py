@@ -89,7 +89,7 @@ def _tensors(trainer: Trainer, optimizer: torch.optim.Optimizer) -> dict[str, Te
     """Adam's state by the place of its parameter, and torch's own random state."""
     found = {"random": torch.get_rng_state()}
     for place, values in optimizer.state_dict()["state"].items():
-        found |= {f"{place}.{name}": value.contiguous() for name, value in values.items()}
+        found |= {f"{place}.{name}": value.cpu().contiguous() for name, value in values.items()}
     return found
 
 

@@ -31,15 +31,14 @@ from vgkern.errors import TrainingError
 from vgkern.tasks import Entry, Reward, Stream, Task
 
 from .config import Config
+from .device import LIMITS
 from .generate import Rollout, decode, generate, score
 from .log import Log
 from .policy import Policy, Tokenizer, encode
 from .state import dump_random, load_random
 from .teacher import load_teacher
-from .update import Batch, Update, extreme, make_objective, merge
+from .update import Batch, Update, extreme, make_objective, merge, read
 
-GAP_WARN, GAP_ERROR = 1e-4, 1e-2  # sampler against trainer, nats, fp32
-REPLAY_WARN = 0.999  # below this share of tokens chosen again: fp32 rounding flips one in 1e5
 LAST = ("clip_low", "clip_high", "dual_clip", "ratio_mean", "ratio_min", "ratio_max", "kl",
         "distill", "grad_norm")  # fmt: skip
 SKIPS = 5  # consecutive non-finite steps before the run is given up
@@ -62,6 +61,7 @@ class Trainer:
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.stream, self.held_out = stream, held_out
         self.task: Task = stream.task
+        self.limits = LIMITS[getattr(policy, "compute", "fp32")]
         self.objective = make_objective(config)
         prompts = [encode(tokenizer, entry.question) for entry in held_out]
         teacher = load_teacher(config, policy, tokenizer, prompts, self.task.max_new)
@@ -224,11 +224,8 @@ class Trainer:
         what only shows once the policy has moved (`LAST`), which are the last pass's."""
         first: dict[str, float] = {}
         for repeat in range(self.config.updates_per_batch):
-            metrics = self.gradient(batch, first_pass=repeat == 0)
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.policy.parameters(), self.config.grad_clip or float("inf")
-            )
-            metrics["grad_norm"] = float(norm)
+            clip = self.config.grad_clip or math.inf
+            metrics = self.gradient(batch, repeat == 0, clip)
             finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
             if first:
                 first.update({name: metrics[name] for name in LAST if name in metrics})
@@ -263,8 +260,9 @@ class Trainer:
         except OSError as error:
             self.log.line(f"warning: {path.name}: {error.strerror}")
 
-    def gradient(self, batch: Batch, first_pass: bool) -> dict[str, float]:
-        """Accumulate the gradient over micro-batches of whole groups; the sum is exact."""
+    def gradient(self, batch: Batch, first_pass: bool, clip: float = math.inf) -> dict[str, float]:
+        """Accumulate the gradient over micro-batches of whole groups; the sum is exact. Its
+        norm is at most `clip` after it; the host waits for the device once."""
         self.optimizer.zero_grad(set_to_none=True)
         parts = []
         try:
@@ -273,11 +271,13 @@ class Trainer:
                 part = (prompts, rollout, advantages, batch.normalizer)
                 loss, metrics = self.parts.loss(*part, first_pass, share)
                 loss.backward()
-                metrics = {"loss": loss.detach(), **metrics}
-                parts.append({name: float(value) for name, value in metrics.items()})
+                parts.append({"loss": loss.detach(), **metrics})
+                del loss  # and with it its graph, before the next is made
         except vgkern.NonFiniteError:
-            return {"loss": float("nan"), "sampler_gap": float("nan")}
-        return merge(parts, self.parts.analytic)
+            return {"loss": math.nan, "sampler_gap": math.nan, "grad_norm": math.nan}
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
+        *found, last = read(*parts, {"grad_norm": norm})
+        return {**merge(found, self.parts.analytic), **last}
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[list[list[int]], Rollout, Tensor]]:
         size, group = self.config.micro_prompts or len(batch.prompts), self.config.group
@@ -301,22 +301,24 @@ class Trainer:
         return False
 
     def check_gap(self, gap: float) -> None:
-        if not gap <= GAP_ERROR:  # NaN is no agreement
+        if not gap <= self.limits.gap_error:  # NaN is no agreement
             raise TrainingError(
                 f"sampler and trainer disagree on a token's log-prob by {gap:.2e} (allowed: "
-                f"{GAP_ERROR}); padding, positions or the head differ between the two"
+                f"{self.limits.gap_error}); padding, positions or the head differ between the two"
             )
-        if gap > GAP_WARN and (self.gap or 0.0) <= GAP_WARN:
-            self.log.line(f"warning: sampler and trainer disagree by {gap:.2e} (above {GAP_WARN})")
+        warn = self.limits.gap_warn
+        if gap > warn and (self.gap or 0.0) <= warn:
+            self.log.line(f"warning: sampler and trainer disagree by {gap:.2e} (above {warn})")
         self.gap = extreme(max, [self.gap or 0.0, gap])
 
     def check_replay(self, replay: float | None) -> None:
         if replay is None:
             return
-        if replay < REPLAY_WARN <= (1.0 if self.replay is None else self.replay):
+        warn = self.limits.replay_warn
+        if replay < warn <= (1.0 if self.replay is None else self.replay):
             self.log.line(
                 f"warning: {replay:.2%} of the sampled tokens are chosen again by their own noise "
-                f"(below {REPLAY_WARN:.1%}): the sampler has other weights, another temperature, "
+                f"(below {warn:.1%}): the sampler has other weights, another temperature, "
                 f"truncation or precision than the trainer"
             )
         self.replay = extreme(min, [1.0 if self.replay is None else self.replay, replay])

@@ -26,6 +26,7 @@ from vgkern.errors import ConfigError
 from vgkern.ops._policy_rows import token_level
 
 from .config import Config
+from .device import of, precision
 from .generate import Rollout
 from .policy import Policy
 
@@ -101,10 +102,23 @@ class Update:
         first_pass: bool,
         share: float = 1.0,  # of the step's samples that are here
     ) -> vgkern.PolicyLoss:
-        """The first pass is on-policy: its ratio is exactly 1, and it checks the sampler."""
-        config, head = self.config, self.policy.head()
-        where = (prompts, rollout.tokens, config.group, rollout.lengths)
-        groups = torch.arange(len(prompts)).repeat_interleave(config.group)
+        """The first pass is on-policy: its ratio is exactly 1, and it checks the sampler.
+
+        rollout and advantages: the host's; what is found is on the policy's device.
+        """
+        with precision(self.policy):
+            return self._loss(prompts, rollout, advantages, normalizer, first_pass, share)
+
+    def _loss(
+        self, prompts: list[list[int]], host: Rollout, advantages: Tensor, normalizer: float,
+        first_pass: bool, share: float,
+    ) -> vgkern.PolicyLoss:  # fmt: skip
+        config, head, device = self.config, self.policy.head(), of(self.policy)
+        where = (prompts, host.tokens, config.group, host.lengths)
+        groups = torch.arange(len(prompts), device=device)[:, None].expand(-1, config.group)
+        groups = groups.reshape(-1)
+        quiet = not bool(advantages.any())
+        rollout, advantages = host.to(device), advantages.to(device, non_blocking=True)
         hidden = self.policy.hidden(*where)
         common: dict[str, Any] = {
             "objective": self.objective, "bias": head.bias, "temperature": config.temperature,
@@ -120,21 +134,24 @@ class Update:
             )  # fmt: skip
         else:
             if self.teacher is not None:
-                ratio = rollout.logp - self.logp(self.teacher, where)
+                ratio = rollout.logp - self.logp(self.teacher, where, rollout.tokens)
                 more["distill"] = ratio[rollout.mask].mean()
                 advantages = advantages[:, None] + future_advantages(
                     config.distill_coef * ratio, groups, mask=rollout.mask, future=config.future,
                     discount=config.discount, own=True,
                 )  # fmt: skip
-            ref = None if self.reference is None else self.logp(self.reference, where)
+            ref = None
+            if self.reference is not None:
+                ref = self.logp(self.reference, where, rollout.tokens)
             with token_level():  # of a distillation
                 out = vgkern.linear_policy_loss(
                     *given, advantages, ref_logp=ref, sparse_tol=config.sparse_tol or None, **common
                 )
         if first_pass and self.replay and rollout.sequence is not None:
             more["replay"] = self.replayed(hidden.detach(), rollout, share)
-        if first_pass and not int(out.metrics["active"]):  # the op compares active rows alone
-            more["sampler_gap"] = self.gap(hidden.detach(), rollout)
+        if first_pass and (quiet or (device.type == "cpu" and not int(out.metrics["active"]))):
+            gap = self.gap(hidden.detach(), rollout)  # the op compares active rows alone
+            more["sampler_gap"] = gap.where(out.metrics["active"] == 0, out.metrics["sampler_gap"])
         return vgkern.PolicyLoss(out.loss, {**out.metrics, **more})
 
     def teachers(self, where: tuple[Any, ...]) -> list[Teacher]:
@@ -149,11 +166,11 @@ class Update:
                 found.append(Teacher(hidden, head.weight, head.bias, kind, coef, name))
         return found
 
-    def logp(self, policy: Policy, where: tuple[Any, ...]) -> Tensor:
+    def logp(self, policy: Policy, where: tuple[Any, ...], tokens: Tensor) -> Tensor:
         head = policy.head()
         with torch.no_grad():
             return vgkern.linear_token_logprobs(
-                policy.hidden(*where), head.weight, where[1], bias=head.bias,
+                policy.hidden(*where), head.weight, tokens, bias=head.bias,
                 temperature=self.config.temperature, softcap=head.softcap,
             ).logp  # fmt: skip
 
@@ -173,13 +190,21 @@ class Update:
         rows = max(REPLAY_ROWS, REPLAY_LOGITS // len(head.weight))
         assert rollout.sequence is not None
         noise = vgkern.Noise(
-            self.config.seed, rollout.sequence[:, None], torch.arange(rollout.tokens.shape[1])
-        )
+            self.config.seed, rollout.sequence[:, None],
+            torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device),
+        )  # fmt: skip
         return replay_agreement(
             hidden, head.weight, rollout.tokens, noise, bias=head.bias,
             temperature=self.config.temperature, softcap=head.softcap, mask=rollout.mask,
             limit=max(1, round(rows * share)),
         )  # fmt: skip
+
+
+def read(*parts: dict[str, Any]) -> list[dict[str, float]]:
+    """The numbers of tensors on any device, in one transfer: each is a wait of the host."""
+    values = [torch.as_tensor(v).detach().double() for part in parts for v in part.values()]
+    numbers = iter(torch.stack(values).tolist())
+    return [{name: next(numbers) for name in part} for part in parts]
 
 
 def merge(parts: list[dict[str, float]], analytic: bool) -> dict[str, float]:

@@ -18,6 +18,7 @@ import vgkern
 from vgkern.errors import TrainingError
 from vgkern.tasks import Entry, Question, Stream
 
+from .device import of, precision
 from .policy import Policy, Tokenizer, encode
 from .state import dump_random, load_random
 
@@ -43,13 +44,13 @@ def supervised_loss(
     prompts = [encode(tokenizer, question) for question, _ in pairs]
     answers = [[*tokenizer.encode(answer), tokenizer.stops[0]] for _, answer in pairs]
     tokens, lengths = pad(answers)
-    hidden = policy.hidden(prompts, tokens, 1, lengths)
     targets = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], -100)
-    head = policy.head()
-    logp = vgkern.linear_token_logprobs(
-        hidden, head.weight, targets, bias=head.bias, softcap=head.softcap
-    ).logp
-    return -logp.sum() / lengths.sum()
+    with precision(policy):
+        hidden, head = policy.hidden(prompts, tokens, 1, lengths), policy.head()
+        logp = vgkern.linear_token_logprobs(
+            hidden, head.weight, targets.to(of(policy)), bias=head.bias, softcap=head.softcap
+        ).logp
+    return -logp.sum() / int(lengths.sum())
 
 
 class WarmStart:
