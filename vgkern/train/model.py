@@ -160,16 +160,21 @@ class Decoder(nn.Module):
         return self.body(inputs_embeds.reshape(-1, width), nodes).view(b, length, width)
 
     def body(self, x: Tensor, nodes: Nodes) -> Tensor:  # [M, D] -> [M - keys_only, D]
+        return RMSNorm.apply(self.through(x, nodes, 0, len(self.layers)))
+
+    def through(self, x: Tensor, nodes: Nodes, first: int, last: int) -> Tensor:
+        """The residual stream [M, D] that enters layer `first`, as layer `last` would get it."""
         angle = self.angle[nodes.position]
         slot = nodes.slot
-        for index, layer in enumerate(self.layers):
+        for index in range(first, last):
+            layer = self.layers[index]
             qkv = RotateAndPad.apply(layer.project(x), angle, nodes.row, slot)
             q, k, v = self.by_head(qkv, len(nodes.mask))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=nodes.mask)
             if index == len(self.layers) - 1:  # nobody reads what the prompt's nodes become
                 x, slot = x[nodes.keys_only :], slot[nodes.keys_only :]
             x = layer.finish(x, Unpad.apply(y.transpose(1, 2).reshape(-1, self.shape.width), slot))
-        return RMSNorm.apply(x)
+        return x
 
     def by_head(self, rows: Tensor, groups: int) -> tuple[Tensor, ...]:
         """[P*N, c*D] -> c tensors [P, h, N, dh]."""
