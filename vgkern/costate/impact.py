@@ -18,6 +18,7 @@ resampled prompts: what a prompt's difficulty does to both of them cancels. Form
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -170,7 +171,7 @@ def rank(found: Mapping[str, Measured], k: int, odds: float = ODDS) -> Ranking:
         below = sum(other[name, rival][0] < odds for rival in order if rival != name)
         places[name] = (1 + above, len(order) - below)
     pairs = []
-    for upper, lower in zip(order, order[1:], strict=False):
+    for upper, lower in itertools.pairwise(order):
         chance, ratio = other[upper, lower]
         wanted = float(torch.special.ndtri(torch.tensor(1 - odds, dtype=torch.float64)))
         more = (wanted / ratio) ** 2 if ratio > 0 else math.inf

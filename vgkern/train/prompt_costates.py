@@ -12,7 +12,7 @@ needs a backward pass of its own through the prompt, by activations alone:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,11 +114,11 @@ def _decoder(
     text, of_text = tree_nodes(each, tokens.numpy(), 1, lengths.numpy())
     size = np.array([len(prompt) for prompt in prompts])
     first = np.cumsum(size - 1) - (size - 1)  # node of a prompt's first token, but its last one
-    rows = torch.from_numpy(np.concatenate([first[i // group] + np.arange(size[i // group] - 1)
+    chain = torch.from_numpy(np.concatenate([first[i // group] + np.arange(size[i // group] - 1)
                                             for i in range(len(each))]))  # fmt: skip
     # the tree's node of every node of the texts; of_* count from the last tokens of the prompts
     node = torch.zeros(len(text.token), dtype=torch.int64)
-    node[: text.keys_only] = rows
+    node[: text.keys_only] = chain
     node[text.keys_only + of_text[rollout.mask]] = tree.keys_only + of_tree[rollout.mask]
     top = layer == len(policy.layers)  # there only the last token of a prompt is left
     gone = (tree.keys_only, text.keys_only) if top else (0, 0)
@@ -211,14 +211,14 @@ def _hugging_face(
 
 
 def _through(
-    sources: list[Tensor], arrived: list[Tensor | None], x: Tensor, group: int
+    sources: list[Tensor], arrived: Sequence[Tensor | None], x: Tensor, group: int
 ) -> Tensor:  # [P, G, T, H]
     """What arrived at every sample's copy of the prompt's keys and values, carried to x."""
     used = [(s, d) for s, d in zip(sources, arrived, strict=True) if d is not None]
     if not used:  # nothing above the last layer reads the prompt
         return x.new_zeros(len(x), group, *x.shape[1:])
     roots = [s for s, _ in used]
-    found = []
+    found: list[Tensor] = []
     for sample in range(group):
         seeds = [d[sample::group] for _, d in used]
         found += torch.autograd.grad(roots, x, seeds, retain_graph=sample < group - 1)
