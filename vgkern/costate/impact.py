@@ -164,19 +164,26 @@ def rank(found: Mapping[str, Measured], k: int, odds: float = ODDS) -> Ranking:
         raise _check.fail("rewards", f"{count} samples, equal within every prompt", remedy)
     value = {name: _score(m, np.full((1, len(m)), 1 / len(m)), k)[0] for name, m in found.items()}
     order = sorted(value, key=lambda name: -value[name])
+    wanted = float(torch.special.ndtri(torch.tensor(1 - odds, dtype=torch.float64)))
     other = {(a, b): _odds(found[a], found[b], k) for a in order for b in order if a != b}
+
+    def clear(upper: str, lower: str) -> bool:
+        """By its draws and by its sd: of few prompts either alone is too sure."""
+        chance, ratio = other[upper, lower]
+        return chance < odds and ratio > wanted
+
     places = {}
     for name in order:
-        above = sum(other[rival, name][0] < odds for rival in order if rival != name)
-        below = sum(other[name, rival][0] < odds for rival in order if rival != name)
+        above = sum(clear(rival, name) for rival in order if rival != name)
+        below = sum(clear(name, rival) for rival in order if rival != name)
         places[name] = (1 + above, len(order) - below)
     pairs = []
     for upper, lower in itertools.pairwise(order):
         chance, ratio = other[upper, lower]
-        wanted = float(torch.special.ndtri(torch.tensor(1 - odds, dtype=torch.float64)))
-        more = (wanted / ratio) ** 2 if ratio > 0 else math.inf
-        clear = chance < odds
-        pairs.append(Pair(upper, lower, chance, clear, 1.0 if clear else max(1.1, more)))
+        more = 1.0
+        if not clear(upper, lower):
+            more = max(1.1, (wanted / ratio) ** 2) if ratio > 0 else math.inf
+        pairs.append(Pair(upper, lower, chance, clear(upper, lower), more))
     return Ranking(tuple(order), places, tuple(pairs))
 
 

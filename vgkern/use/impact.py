@@ -3,7 +3,7 @@
 Every checkpoint answers the same held-out prompts with the same noise, one of them in memory at a
 time. The score is sqrt(signal-to-noise of the value gradient) x headroom(k); what else one could
 choose by stands beside it. Intervals are of 90 %, by bootstrap over the prompts. A quarter of the
-prompts comes first, then half, then all; what is placed clearly does not go on.
+prompts comes first (32 at least), then half, then all; what is placed clearly does not go on.
 
 A short RL run predicts better and costs more (docs/impact.md).
 """
@@ -40,6 +40,7 @@ from .impact_screen import screen
 from .vocabulary import vocabulary
 
 LOOKS = (4, 2, 1)  # after one part in so many of the prompts
+FEWEST = 32  # of a look before the last: the bootstrap of fewer prompts is too sure of itself
 
 
 @dataclass
@@ -61,15 +62,16 @@ class Checkpoint:
     def seconds(self) -> float:
         return sum(spent.sampling + spent.costates for _, spent in self.spent)
 
-    @property
-    def price(self) -> impact.Price:
+    def share(self, prompts: int, steps: int = 200) -> float:
+        """Of the price of an RL run with so many prompts a step, by arithmetic."""
         assert self.found is not None
         total = sum(n for n, _ in self.spent)
-        prompt, answer = (sum(n * getattr(s, of) for n, s in self.spent) / total
-                          for of in ("prompt", "answer"))  # fmt: skip
+        prompt = sum(n * spent.prompt for n, spent in self.spent) / total
+        answer = sum(n * spent.answer for n, spent in self.spent) / total
         used = float(impact.mixed(self.found.rewards).double().mean())
-        above = 1 - self.layer / self.layers
-        return impact.price(prompt, answer, total, self.found.rewards.shape[1], above, used)
+        above, group = 1 - self.layer / self.layers, self.found.rewards.shape[1]
+        paid = impact.price(prompt, answer, total, group, above, used)
+        return paid.share(steps) * total / prompts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,7 +152,7 @@ def main(arguments: list[str]) -> None:
     with staged(out) as folder:
         with own_words():
             study.run()
-        told = {**given, **vars(asked), "prompts": len(entries), **study.told(),
+        told = {**vars(asked), **given, "prompts": len(entries), **study.told(),
                 "seconds": time.perf_counter() - start}  # fmt: skip
         print("\n".join(screen(told)), flush=True)
         if not any(c["used"] for c in told["checkpoints"]):
@@ -179,7 +181,7 @@ class Study:
         self.like: tuple[str, dict[str, Any]] | None = None  # the first, its vocabulary
         early = len(checkpoints) > 1 and not asked.all_prompts
         counts = {-(-len(entries) // part) for part in (LOOKS if early else (1,))}
-        self.counts = sorted(counts)
+        self.counts = [n for n in sorted(counts) if n >= FEWEST or n == len(entries)]
 
     def run(self) -> None:
         progress, going = Progress(len(self.checkpoints) * len(self.entries)), self.checkpoints
@@ -243,7 +245,7 @@ class Study:
                 "stop": impact.stop_sign(c.found, scored),
                 "scores": {name: x._asdict() for name, x in scored.items()},
                 "prompts": c.done, "used": int(impact.mixed(c.found.rewards).sum()),
-                "seconds": c.seconds, "share_of_200_steps": c.price.share(200),
+                "seconds": c.seconds, "share_of_200_steps": c.share(len(self.entries)),
                 "by_prompt": self.by_prompt(c.found),
             })  # fmt: skip
         if self.ranking is not None:

@@ -81,7 +81,7 @@ def _cost(told: dict[str, Any]) -> list[str]:
     share = max(row["share_of_200_steps"] for row in rows)
     return [
         f"  cost: at most {prompts * group:,} samples and {max(r['seconds'] for r in rows):.1f} s "
-        f"each; {share:.2%} of 200 RL steps of {prompts} x {group}, by arithmetic",
+        f"each; {share:.2%} of 200 RL steps of {told['prompts']} x {group}, by arithmetic",
         "  a short RL run is the better predictor; 10 % of a run costs "
         f"{0.1 / share:,.0f} times as much",
     ]
