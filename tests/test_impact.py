@@ -221,6 +221,7 @@ def test_the_fast_path_is_under_one_percent_of_a_run():
 
 def test_a_gram_from_the_probe_of_another_loop():
     """The API as its docstring has it, on somebody's own model."""
+
     class Own(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -41,10 +41,10 @@ def draw_impact(told: dict[str, Any], path: str | Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(list(heights), [_label(row["name"]) for row in rows], parse_math=False)
     axes[0].set_ylim(-0.6, len(rows) - 0.4)
-    order = "ranking clear" if told["clear"] else "ranking not clear"
+    order = "" if len(rows) < 2 else "ranking clear; " if told["clear"] else "ranking not clear; "
     figure.suptitle(
-        f"Where will RL pay? {told['task'].rpartition('/')[2]}; {order if len(rows) > 1 else ''}"
-        " (90 % intervals over prompts; hollow: no signal)".replace("; (", " ("),
+        f"Where will RL pay? {told['task'].rpartition('/')[2]} ({order}90 % intervals over "
+        "prompts; hollow: no signal)",
         fontsize=10, x=0.01, ha="left", parse_math=False,
     )  # fmt: skip
     figure.savefig(path, dpi=150)
