@@ -82,7 +82,7 @@ def test_it_stops_when_the_ranking_is_clear(trained, blank, tmp_path, capsys, mo
     monkeypatch.setattr(command, "FEWEST", 16)
     flags = ["--prompts", "64", "--group", "8"]
     _, text, _ = ask(capsys, trained, blank, *flags, "--out", tmp_path / "early")
-    assert "ranking clear after 16 of 64 prompts" in text
+    assert "ranking of the score clear after 16 of 64 prompts" in text
     _, text, _ = ask(capsys, trained, blank, *flags, "--out", tmp_path / "all", "--all-prompts")
     assert "64 prompts x 8" in text and "after" not in text
     # of three the two that are alike go on, and what is placed does not

@@ -65,8 +65,8 @@ def _order(told: dict[str, Any]) -> list[str]:
     if not unclear:
         used = max(row["prompts"] for row in rows)
         early = f" after {used} of {most} prompts" if used < most else ""
-        return [f"  ranking clear{early}"]
-    lines = ["  ranking not clear:"]
+        return [f"  ranking of the score clear{early}"]
+    lines = ["  ranking of the score not clear:"]
     for pair in unclear:
         more = f"about {pair['more']:.2g} times the prompts would tell them apart"
         if pair["more"] > impact.HOPELESS:
