@@ -91,6 +91,10 @@ def test_the_predictors_are_what_they_are_called():
     assert math.isnan(told["relative signal"].value)  # |x|^2 was not given
     strict = impact.scores(found, 4, right=2.0)
     assert strict["pass@4"].value == 0 and strict["headroom(4)"] == told["headroom(4)"]
+    one_prompt = impact.scores(found.first(1), 4)
+    assert math.isnan(one_prompt["reward"].low) and "not told" in str(
+        impact.stop_sign(table(1, 3), impact.scores(table(1, 3), 4))
+    )
     for x in told.values():
         assert x.low <= x.value <= x.high or math.isnan(x.value)
 

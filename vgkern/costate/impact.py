@@ -105,7 +105,8 @@ def scores(found: Measured, k: int, right: float = 1.0) -> dict[str, Interval]:
     told = {}
     for name in value:
         known = drawn[name][np.isfinite(drawn[name])]
-        low, high = np.quantile(known, [ODDS, 1 - ODDS]) if len(known) else (math.nan,) * 2
+        some = len(found) > 1 and len(known)  # one prompt says nothing of others
+        low, high = np.quantile(known, [ODDS, 1 - ODDS]) if some else (math.nan,) * 2
         told[name] = Interval(float(value[name][0]), float(low), float(high))
     return told
 

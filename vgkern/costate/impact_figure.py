@@ -31,7 +31,8 @@ def draw_impact(told: dict[str, Any], path: str | Path) -> None:
             if not math.isfinite(x["value"]):
                 continue
             hollow = "white" if row["stop"] else colour
-            error = [[max(0.0, x["value"] - x["low"])], [max(0.0, x["high"] - x["value"])]]
+            ends = [x["low"], x["high"]] if math.isfinite(x["low"]) else [x["value"]] * 2
+            error = [[max(0.0, x["value"] - ends[0])], [max(0.0, ends[1] - x["value"])]]
             axis.errorbar(x["value"], height, xerr=error, fmt="o", ms=5, capsize=2, lw=1,
                           color=colour, mfc=hollow)  # fmt: skip
         axis.set_title(name if name != SCORE else f"impact = √SNR x headroom({k})", fontsize=9)

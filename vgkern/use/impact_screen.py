@@ -54,6 +54,8 @@ def _place(place: list[int] | None) -> str:
 def _interval(x: dict[str, float]) -> str:
     if not math.isfinite(x["value"]):
         return "-"
+    if not math.isfinite(x["low"]):  # of one prompt
+        return f"{x['value']:.3g}"
     return f"{x['value']:.3g} [{x['low']:.3g}, {x['high']:.3g}]"
 
 
