@@ -14,6 +14,7 @@ SCRIPTS = {
     "costate_analytic": "--truth 32 --groups 4 --seeds 1 --steps 2 --rollouts 2 --out OUT",
     "costate_hops": "--length 6 --prompt 3 --repeat 1",
     "costate_mix": "--methods grpo,hops --seeds 1 --steps 2 --n 2 --lr 1e-3 --out OUT",
+    "impact_cost": "--prompts 4 --group 4 --repeat 1 --json OUT/impact.json",
     "linear_quadratic": "--rollouts 400 --horizons 2 --sigmas 0.1",
     "prefix_step": "--prompts 2 --threads 1 --repeat 1",
     "probe_cost": "--repeat 1 --json OUT/probe.json",

@@ -13,6 +13,7 @@ COMMANDS = {
     "eval": "score a checkpoint on held-out prompts: greedy, avg@n, pass@k, with intervals",
     "export": "write a checkpoint as a plain Hugging Face folder",
     "probe": "say what a checkpoint's costates say: signal, headroom, norms (and a picture)",
+    "impact": "rank checkpoints by what RL will gain from them, before it is paid for",
     "bench": "time every op against the others on this machine (--quick: two minutes)",
     "build": "compile the native kernels now, into the cache",
     "doctor": "say what runs here: backends, compiler, cache",
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         return doctor(rest)
     if command == "probe":
         return probe(rest)
-    if command in ("sample", "eval", "export"):
+    if command in ("sample", "eval", "export", "impact"):
         return use(command, rest)
     if command == "bench":
         from vgkern.bench.cli import main as bench

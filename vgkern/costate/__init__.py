@@ -1,5 +1,6 @@
 """Costates: the gradient of the value at an input, carried backward through what was sampled."""
 
+from vgkern.costate import impact
 from vgkern.costate.analytic import Teacher, analytic_loss, future_advantages
 from vgkern.costate.figure import draw_costates
 from vgkern.costate.hops import Hops, hops
@@ -35,6 +36,7 @@ __all__ = [
     "future_advantages",
     "headroom",
     "hops",
+    "impact",
     "over_groups",
     "probe",
     "replay_agreement",

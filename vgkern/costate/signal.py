@@ -13,8 +13,8 @@ variance over G.
 
     headroom(k) = E[max of k rewards] - E[reward],  by order statistics, unbiased
 
-Formulas ours. What S2 and headroom are worth as predictors was measured: headroom alone is hard to
-beat, and the product S2 * headroom counts the signal twice.
+Formulas ours. S2 is not compared between layers or checkpoints: its unit is that of x, and it spans
+decades. What SNR and headroom are worth as predictors: docs/impact.md.
 """
 
 from __future__ import annotations

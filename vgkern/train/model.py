@@ -175,16 +175,21 @@ class Decoder(nn.Module):
         return self.body(inputs_embeds.reshape(-1, width), nodes).view(b, length, width)
 
     def body(self, x: Tensor, nodes: Nodes) -> Tensor:  # [M, D] -> [M - keys_only, D]
+        return rounded(self, RMSNorm.apply(self.through(x, nodes, 0, len(self.layers))))
+
+    def through(self, x: Tensor, nodes: Nodes, first: int, last: int) -> Tensor:
+        """The residual stream [M, D] that enters layer `first`, as layer `last` would get it."""
         angle = self.angle[nodes.position]
         slot = nodes.slot
-        for index, layer in enumerate(self.layers):
+        for index in range(first, last):
+            layer = self.layers[index]
             qkv = RotateAndPad.apply(layer.project(x), angle, nodes.row, slot)
             q, k, v = self.by_head(qkv, len(nodes.mask))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=nodes.mask)
             if index == len(self.layers) - 1:  # nobody reads what the prompt's nodes become
                 x, slot = x[nodes.keys_only :], slot[nodes.keys_only :]
             x = layer.finish(x, Unpad.apply(y.transpose(1, 2).reshape(-1, self.shape.width), slot))
-        return rounded(self, RMSNorm.apply(x))
+        return x
 
     def by_head(self, rows: Tensor, groups: int) -> tuple[Tensor, ...]:
         """[P*N, c*D] -> c tensors [P, h, N, dh]."""
@@ -202,8 +207,8 @@ class Decoder(nn.Module):
         length = np.array([len(prompt) for prompt in prompts])
         capacity = int(length.max()) + group * (max_new - 1)
         size = (len(prompts) * capacity, 2 * self.shape.width)
-        of = rounded(self, self.bias)
-        kv = [of.new_zeros(size) for _ in self.layers]  # zeros: unused slots must be finite
+        like = rounded(self, self.bias)
+        kv = [like.new_zeros(size) for _ in self.layers]  # zeros: unused slots must be finite
         cache = Cache(kv, Tree(length, group, capacity), capacity)
         token, of, place = prompt_nodes(prompts)
         x = self.step(cache, token, of, place, place, np.tri(capacity, dtype=bool)[place])

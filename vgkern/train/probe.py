@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
     if (out / "probe.json").exists():
         raise ConfigError(f"--out: {out} holds another probe; choose another folder")
     torch.set_num_threads(options.threads)
-    with _own_words():
+    with own_words():
         extra = json.loads(options.task_options)
         if not isinstance(extra, dict):
             raise ValueError(f"task_options: got {extra!r}; allowed: a JSON object")
@@ -126,18 +126,18 @@ def main(arguments: list[str]) -> None:
     if layer >= depth:
         raise ConfigError(f"--layer: got {layer}; allowed: 0 (input) to {depth - 1}")
     sampling = Sampling(options.group, options.temperature, options.seed, options.hops)
-    with _staged(out) as folder:
-        with _own_words():
+    with staged(out) as folder:
+        with own_words():
             groups, text = measure(policy, tokenizer, task, entries, sampling, progress())
         found = {**asdict(options), "layer": layer, **summarize(groups, options.best_of)}
         found["seconds"] = time.perf_counter() - start
-        (folder / "probe.json").write_text(json.dumps(_plain(found), indent=2) + "\n")
+        (folder / "probe.json").write_text(json.dumps(plain(found), indent=2) + "\n")
         picture = draw(found, text, tokenizer, folder / "costates.png")
     print("\n".join([*screen(found), f"  {out}/: probe.json; costates.png {picture}"]), flush=True)
 
 
 @contextlib.contextmanager
-def _own_words() -> Iterator[None]:
+def own_words() -> Iterator[None]:
     """A task's or model's own words for what it cannot take."""
     try:
         yield
@@ -146,7 +146,7 @@ def _own_words() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """A folder whose files move to `out` together, at the end; of an earlier end nothing stays."""
     new, partial = not out.exists(), out / f".partial-{os.getpid()}"
     try:
@@ -238,12 +238,12 @@ def screen(found: dict[str, Any]) -> list[str]:
     return [*lines, *table]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no NaN; an estimate is its value and its error."""
     if isinstance(value, costate.Estimate):
-        return {name: _plain(x) for name, x in value._asdict().items()}
+        return {name: plain(x) for name, x in value._asdict().items()}
     if isinstance(value, dict):
-        return {name: _plain(x) for name, x in value.items()}
+        return {name: plain(x) for name, x in value.items()}
     if isinstance(value, list):
-        return [_plain(x) for x in value]
+        return [plain(x) for x in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"--json: {asked.json} exists already; choose another file")
     torch.set_num_threads(asked.threads)
     start, model = time.perf_counter(), load(asked.model)
-    task, given = _task(model, asked)
+    task, given = task_for(model.run, asked, asked.model)
     entries = entries_of(task, asked.prompts)
     cuts = {"top_k": asked.top_k, "top_p": asked.top_p, "min_p": asked.min_p}
     sampling = {"temperature": asked.temperature, **cuts, "seed": asked.seed}
@@ -86,13 +86,16 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"--json: {asked.json}: {error.strerror}") from None
 
 
-def _task(model: Model, asked: argparse.Namespace) -> tuple[Task, dict[str, Any]]:
+def task_for(
+    run: dict[str, Any], asked: argparse.Namespace, who: str
+) -> tuple[Task, dict[str, Any]]:
+    """The task that the flags name, or where they are silent the run that `who` came from."""
     given = {
-        name: getattr(asked, name) if getattr(asked, name) is not None else model.run.get(name, d)
+        name: getattr(asked, name) if getattr(asked, name) is not None else run.get(name, d)
         for name, d in DEFAULTS.items()
     }
     if not given["task"]:
-        raise ConfigError(f"--task: {asked.model} does not say its task; give it with --task")
+        raise ConfigError(f"--task: {who} does not say its task; give it with --task")
     try:
         extra = json.loads(given["task_options"])
         if not isinstance(extra, dict):
