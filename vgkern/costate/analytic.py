@@ -18,12 +18,14 @@ entropy are one pass over the logits; every teacher is one pass of `linear_diver
 """
 
 import contextlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vgkern import objectives
 from vgkern.objectives import Objective
@@ -143,20 +145,25 @@ def future_advantages(
         f, live = f.reshape(1, -1), live.reshape(1, -1)
         to_go = future * _to_go(f, packed, discount, backend)
     to_go = (to_go + (f if own else 0)).where(live, 0)
-    index = groups.unique(return_inverse=True)[1]
+    index = _first_of(groups)
     if packed is None:
         zeros = f.new_zeros(len(f), f.shape[1])  # as many groups as sequences, at most
         total = zeros.index_add(0, index, to_go)[index]
         count = zeros.index_add(0, index, live.to(f.dtype))[index]
     else:  # what the group has at each row's position
-        where = torch.stack([packed.spread(index), packed.position()])
-        at = where.unique(dim=1, return_inverse=True)[1]
+        where = _first_of(packed.spread(index) * f.shape[1] + packed.position())
         zeros = f.new_zeros(f.shape[1])
-        total = zeros.index_add(0, at, to_go[0])[at][None]
-        count = zeros.index_add(0, at, live[0].to(f.dtype))[at][None]
+        total = zeros.index_add(0, where, to_go[0])[where][None]
+        count = zeros.index_add(0, where, live[0].to(f.dtype))[where][None]
     baseline = (total - to_go) / (count - 1).clamp(min=1)
     alone = count < 2  # where total - to_go need not round to 0
     return (baseline.where(~alone, 0) - to_go).where(live, 0).view(cost.shape)
+
+
+def _first_of(ids: Tensor) -> Tensor:
+    """[N] a place of its own below N for each distinct id; `unique`, which a GPU's host waits for,
+    would give the smallest."""
+    return torch.searchsorted(ids.sort().values, ids)
 
 
 def _to_go(f: Tensor, packed: Segments | None, discount: float, backend: str | None) -> Tensor:
@@ -338,16 +345,14 @@ def _divergence(
 ) -> Divergence:
     """`linear_divergence` of heads that may have a bias: its parts become columns of the weight."""
     h, w, th, tw = hidden, weight, teacher.hidden, teacher.weight.detach()
-    other = None if teacher.bias is None else teacher.bias.detach()
     if tw.shape[0] != w.shape[0]:
         allowed = f"the vocabulary of the student, [{w.shape[0]}, Ht]"
         raise _check.fail(f"teacher {teacher.name!r}: weight", tw, allowed)
-    if bias is not None and other is not None:
-        kept = (bias > BLOCKED) | (other > BLOCKED)  # an id that neither can produce adds nothing
-        if not bool(kept.all()):
-            ids = kept.nonzero()[:, 0]
-            w, tw, bias, other = (x.index_select(0, ids) for x in (w, tw, bias, other))
-    if any(b is not None and (b.requires_grad or bool((b != 0).any())) for b in (bias, other)):
+    ids, none = _produced(bias, teacher.bias)
+    other = None if teacher.bias is None else teacher.bias.detach()
+    if ids is not None and bias is not None and other is not None:
+        w, tw, bias, other = (x.index_select(0, ids) for x in (w, tw, bias, other))
+    if not none:
         h, w = _with_columns(h, w, bias)
         th, tw = _with_columns(th, tw, other)
     out = linear_divergence(
@@ -360,6 +365,37 @@ def _divergence(
             f"that can produce the same tokens, or kind='jsd'"
         )
     return out
+
+
+_looked = WeakTensorKeyDictionary()  # bias -> (versions, the other, what `_look` found)
+
+
+def _produced(bias: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, bool]:
+    """`_look`, once for a pair of buffers that nobody writes to: on a GPU the host waits for it."""
+    if bias is None or bias.requires_grad or bias.is_inference():
+        return _look(bias, other)
+    if other is not None and (other.requires_grad or other.is_inference()):
+        return _look(bias, other)
+    versions = (bias._version, None if other is None else other._version)
+    known = _looked.get(bias)
+    if known is None or known[0] != versions or (known[1] and known[1]()) is not other:
+        known = (versions, None if other is None else weakref.ref(other), _look(bias, other))
+        _looked[bias] = known
+    return known[2]
+
+
+def _look(bias: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, bool]:
+    """The ids that either head can produce (None: all), as one that neither can adds nothing; and
+    whether the biases of those are constant zeros."""
+    both = [b for b in (bias, other) if b is not None]
+    learned = any(b.requires_grad for b in both)
+    ids = None
+    if bias is not None and other is not None:
+        kept = (bias > BLOCKED) | (other > BLOCKED)
+        if not bool(kept.all()):
+            ids = kept.nonzero()[:, 0]
+            both = [b.detach().index_select(0, ids) for b in both]
+    return ids, not learned and not any(bool((b != 0).any()) for b in both)
 
 
 def _with_columns(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ def replay_agreement(
 
     limit: look at so many rows at most, drawn by the noise's seed and the number of rows: the same
     rows whenever the same call is made.
+    mask: of a GPU's states it may lie on the host, which then waits for nothing.
     check: raise ValueError where the agreement is no better than chance, which is what noise of
     other tokens gives, and for greedy tokens, which any noise gives. Costs a second
     forward of the head; needs a host sync on a GPU.
@@ -55,18 +56,20 @@ def replay_agreement(
     """
     shape = hidden.shape[:-1]
     tokens = _check.targets("tokens", tokens, shape)
-    _check.on_device(hidden.device, "hidden", tokens=tokens, mask=mask)
+    host = isinstance(mask, Tensor) and mask.device.type == "cpu"
+    _check.on_device(hidden.device, "hidden", tokens=tokens, mask=None if host else mask)
     if not isinstance(noise, Noise):
         raise TypeError(f"noise: got {_check.describe(noise)}; allowed: vgkern.Noise")
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise _check.fail("limit", limit, "an int >= 1, or None for all rows")
-    rows = torch.arange(shape.numel(), device=hidden.device)
+    rows = torch.arange(shape.numel(), device="cpu" if host else hidden.device)
     if mask is not None:
         rows = rows[_check.mask("mask", mask, shape).reshape(-1)]
     if limit is not None and limit < len(rows):
         generator = torch.Generator().manual_seed((noise.seed + len(rows)) % 2**63)
         drawn = torch.randperm(len(rows), generator=generator)[:limit]
         rows = rows[drawn.sort().values.to(rows.device)]
+    rows = rows.to(hidden.device, non_blocking=True)
     if not len(rows):
         return torch.full((), torch.nan, device=hidden.device)
     own = Noise(noise.seed, *(x[rows] for x in noise.rows(shape, hidden.device)))

@@ -17,12 +17,13 @@ from vgkern.costate import impact
 from vgkern.errors import TrainingError
 from vgkern.tasks import Entry, Task
 
+from .device import LIMITS
 from .generate import decode, generate, portions, score
 from .hf import common_prefix
 from .policy import Policy, Tokenizer, encode
 from .prompt_costates import prompt_costates
-from .trainer import GAP_ERROR
 
+GAP_ERROR = LIMITS["fp32"].gap_error
 TOKENS = 8192  # of one part: its prompts times G texts, the longest of each
 
 

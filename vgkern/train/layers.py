@@ -64,7 +64,7 @@ def rotate(qkv: Tensor, angle: Tensor) -> None:
     """
     heads = 2 * qkv.shape[1] // 3 // (2 * angle.shape[1])
     given = qkv[:, : 2 * qkv.shape[1] // 3]
-    turned = given if given.dtype == torch.float32 else given.float()  # complex has no 16 bits
+    turned = given.float() if given.itemsize == 2 else given  # complex has no 16 bits
     pairs = turned.view(len(qkv), heads, angle.shape[1], 2)
     torch.view_as_complex(pairs).mul_(angle[:, None])
     if turned is not given:

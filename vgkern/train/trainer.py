@@ -224,8 +224,8 @@ class Trainer:
         what only shows once the policy has moved (`LAST`), which are the last pass's."""
         first: dict[str, float] = {}
         for repeat in range(self.config.updates_per_batch):
-            clip = self.config.grad_clip or math.inf
-            metrics = self.gradient(batch, repeat == 0, clip)
+            metrics = self.gradient(batch, first_pass=repeat == 0)
+            metrics.setdefault("grad_norm", math.nan)
             finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
             if first:
                 first.update({name: metrics[name] for name in LAST if name in metrics})
@@ -237,6 +237,9 @@ class Trainer:
             self.check_replay(first.get("replay"))
             self.check_gap(first["sampler_gap"])
             self.stepped = True
+            torch.nn.utils.clip_grads_with_norm_(
+                self.policy.parameters(), self.config.grad_clip or math.inf, self.norm
+            )
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return first
@@ -260,9 +263,9 @@ class Trainer:
         except OSError as error:
             self.log.line(f"warning: {path.name}: {error.strerror}")
 
-    def gradient(self, batch: Batch, first_pass: bool, clip: float = math.inf) -> dict[str, float]:
-        """Accumulate the gradient over micro-batches of whole groups; the sum is exact. Its
-        norm is at most `clip` after it; the host waits for the device once."""
+    def gradient(self, batch: Batch, first_pass: bool) -> dict[str, float]:
+        """Accumulate the gradient over micro-batches of whole groups; the sum is exact. The
+        host waits for the device once, for all numbers together."""
         self.optimizer.zero_grad(set_to_none=True)
         parts = []
         try:
@@ -275,8 +278,9 @@ class Trainer:
                 del loss  # and with it its graph, before the next is made
         except vgkern.NonFiniteError:
             return {"loss": math.nan, "sampler_gap": math.nan, "grad_norm": math.nan}
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
-        *found, last = read(*parts, {"grad_norm": norm})
+        grads = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        self.norm = torch.nn.utils.get_total_norm(grads)
+        *found, last = read(*parts, {"grad_norm": self.norm})
         return {**merge(found, self.parts.analytic), **last}
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[list[list[int]], Rollout, Tensor]]:

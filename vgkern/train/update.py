@@ -148,7 +148,7 @@ class Update:
                     *given, advantages, ref_logp=ref, sparse_tol=config.sparse_tol or None, **common
                 )
         if first_pass and self.replay and rollout.sequence is not None:
-            more["replay"] = self.replayed(hidden.detach(), rollout, share)
+            more["replay"] = self.replayed(hidden.detach(), rollout, host.mask, share)
         if first_pass and (quiet or (device.type == "cpu" and not int(out.metrics["active"]))):
             gap = self.gap(hidden.detach(), rollout)  # the op compares active rows alone
             more["sampler_gap"] = gap.where(out.metrics["active"] == 0, out.metrics["sampler_gap"])
@@ -184,7 +184,7 @@ class Update:
             ).logp  # fmt: skip
         return (logp - rollout.logp).abs().where(rollout.mask, 0).max()
 
-    def replayed(self, hidden: Tensor, rollout: Rollout, share: float) -> Tensor:
+    def replayed(self, hidden: Tensor, rollout: Rollout, mask: Tensor, share: float) -> Tensor:
         """Share of the sampled tokens that this policy and their own noise choose again."""
         head = self.policy.head()
         rows = max(REPLAY_ROWS, REPLAY_LOGITS // len(head.weight))
@@ -195,7 +195,7 @@ class Update:
         )  # fmt: skip
         return replay_agreement(
             hidden, head.weight, rollout.tokens, noise, bias=head.bias,
-            temperature=self.config.temperature, softcap=head.softcap, mask=rollout.mask,
+            temperature=self.config.temperature, softcap=head.softcap, mask=mask,
             limit=max(1, round(rows * share)),
         )  # fmt: skip
 
