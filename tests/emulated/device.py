@@ -146,7 +146,11 @@ class _Inside(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if any(isinstance(t, torch.Tensor) for t in tree_leaves((args, kwargs))):
             return out
-        return tree_map(_wrapped, out)
+        out = tree_map(_wrapped, out)
+        device = Device.current
+        if device is not None and device.recording is not None:
+            device.recording.note(func, args, kwargs or {}, out)
+        return out
 
 
 class Device(TorchFunctionMode):
@@ -236,9 +240,11 @@ class Device(TorchFunctionMode):
                 kwargs.pop("device", None)
                 given = tree_map(host, args)
                 needs = kwargs.pop("requires_grad", False)
-                if self.recording is not None and not like:
-                    kwargs.pop("pin_memory", None)
+                if self.recording is not None and func in (torch.tensor, torch.as_tensor):
+                    raise Refused("a copy from the host while a graph is recorded")
                 made = Emulated(func(*given, **kwargs))
+                if self.recording is not None:
+                    self.recording.note(func, given, kwargs, made)
                 return made.requires_grad_(needs) if needs else made
             if asked is not None and like:
                 return func(*tree_map(host, args), **kwargs)
@@ -266,6 +272,8 @@ class Device(TorchFunctionMode):
         if goes and isinstance(x, Emulated):
             self.wait("copy to the host")
             moved = _Down.apply(x)
+        elif goes and self.recording is not None:
+            raise Refused("a copy from the host while a graph is recorded")
         elif goes:
             moved = _Up.apply(x)
         else:

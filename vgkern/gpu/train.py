@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 REAL: dict[str, Any] = {
     "width": 576, "layers": 30, "heads": 9, "mlp": 1536, "warm_target": 0.0, "steps": 20,
-    "prompts": 32, "group": 8, "eval_prompts": 64, "eval_every": 20,
+    "prompts": 32, "group": 8, "eval_prompts": 64, "eval_every": 20, "dtype": "bf16",
 }  # fmt: skip
 
 

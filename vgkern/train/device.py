@@ -79,11 +79,14 @@ def of(policy: Any) -> torch.device:
     return next(iter(policy.parameters())).device if found is None else found
 
 
-def precision(policy: Any) -> contextlib.AbstractContextManager[Any]:
-    """What a policy's forwards, and the ops on its hidden states, run under."""
+def precision(policy: Any, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """What a policy's forwards, and the ops on its hidden states, run under.
+
+    cache: a weight's cast may be kept until the context ends.
+    """
     if getattr(policy, "compute", "fp32") == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(of(policy).type, torch.bfloat16)
+    return torch.autocast(of(policy).type, torch.bfloat16, cache_enabled=cache)
 
 
 def rounded(policy: Any, hidden: torch.Tensor) -> torch.Tensor:

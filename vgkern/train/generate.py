@@ -16,6 +16,7 @@ from torch import Tensor
 import vgkern
 from vgkern.tasks import Entry, Reward, Task, checked_score
 
+from .decoding import How, sample
 from .device import of, precision
 from .policy import Policy, Tokenizer
 
@@ -65,6 +66,14 @@ def generate(
 
     Tokens, and all that follows from them, are the host's, wherever the policy is.
     """
+    if of(policy).type == "cuda":
+        how = How(tuple(stops), seed, temperature, tuple(cuts.items()))
+        with torch.inference_mode():
+            found = sample(policy, prompts, group, max_new, sequence, how)
+        if found is not None:
+            tokens, logp, lengths, finished = found
+            width = int(lengths.max())
+            return Rollout(tokens[:, :width], logp[:, :width], lengths, finished, sequence)
     rows = len(prompts) * group
     tokens = torch.zeros(rows, max_new, dtype=torch.int64)
     logp = torch.zeros(rows, max_new)
@@ -77,13 +86,13 @@ def generate(
         state, hidden = policy.prefill(prompts, group, max_new)
         for position in range(max_new):
             noise = vgkern.Noise(seed, sequence[live].to(device), torch.tensor(position))
-            sample = vgkern.linear_sample(
+            drawn = vgkern.linear_sample(
                 hidden, head.weight, noise,
                 bias=head.bias, softcap=head.softcap, temperature=temperature, **cuts,
             )  # fmt: skip
-            token = sample.token.cpu()
+            token = drawn.token.cpu()
             tokens[live, position] = token
-            logp[live, position] = sample.logp.float().cpu()
+            logp[live, position] = drawn.logp.float().cpu()
             ended = torch.isin(token, stop)
             lengths[live[ended]] = position + 1
             finished[live[ended]] = True
