@@ -151,9 +151,15 @@ def test_a_hugging_face_model_too(gpu, monkeypatch, tmp_path):
     equal(cpu, trained(None, there))
 
 
-def test_bf16_agrees_with_itself(tmp_path):
-    torch.manual_seed(0)
-    config = dataclasses.replace(SMALL, device="cpu", dtype="bf16", out=str(tmp_path / "b"))
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"objective": "gspo"}, {"updates_per_batch": 2}, {"beta": 0.1}, {"objective": "vespo"},
+     {"objective": "cispo_relative", "updates_per_batch": 2, "entropy_coef": 0.01}],
+)  # fmt: skip
+def test_bf16_agrees_with_itself(tmp_path, changes):
+    config = dataclasses.replace(
+        SMALL, device="cpu", dtype="bf16", out=str(tmp_path / "b"), **{"beta": 0.01, **changes}
+    )
     rows = trained(tmp_path, config)
     assert all(0 < r["sampler_gap"] < place_of.LIMITS["bf16"].gap_warn for r in rows if r["loss"])
 

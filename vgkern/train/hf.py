@@ -259,7 +259,9 @@ class HFPolicy(torch.nn.Module):
         width = completions.shape[1]
         size = np.minimum(lengths.cpu().numpy(), width)
         seen = [row[: n - 1] for row, n in zip(completions.tolist(), size, strict=True)]
-        if not shared:
+        # On a GPU every row is forwarded in full: its causal kernels need no mask, and building
+        # trees of 1e5 nodes on the host takes longer than what they save.
+        if not shared or self.device.type == "cuda":
             return self._plain(prompts, seen, group, width)
         common = common_prefix(prompts)
         nodes, paths = grow_tree(prompts, seen, group, common)

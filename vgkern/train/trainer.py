@@ -62,7 +62,7 @@ class Trainer:
         self.stream, self.held_out = stream, held_out
         self.task: Task = stream.task
         self.limits = LIMITS[getattr(policy, "compute", "fp32")]
-        self.objective = make_objective(config)
+        self.objective = make_objective(config, getattr(policy, "compute", "fp32"))
         prompts = [encode(tokenizer, entry.question) for entry in held_out]
         teacher = load_teacher(config, policy, tokenizer, prompts, self.task.max_new)
         self.parts = Update(config, policy, teacher, self.objective)

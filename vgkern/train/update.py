@@ -45,7 +45,9 @@ class Batch:
     normalizer: float  # over the whole batch, dropped groups included
 
 
-def make_objective(config: Config) -> vgkern.Objective:
+def make_objective(config: Config, compute: str = "fp32") -> vgkern.Objective:
+    """The config's. Under bf16 sampler and trainer differ by rounding, and an objective that says
+    nothing of it gets the truncated importance weight of its kind."""
     knobs: dict[str, Any] = {}
     if config.kl_estimator == "sampled":
         knobs = {"beta": config.beta, "entropy_coef": config.entropy_coef}
@@ -54,6 +56,10 @@ def make_objective(config: Config) -> vgkern.Objective:
     if config.clip_high:
         knobs["clip_high"] = config.clip_high
     objective = objectives.resolve(config.objective).replace(**knobs)
+    if compute == "bf16" and objective.sampler_correction == "none":
+        kind = "token_truncate" if objective.row_local else "sequence_truncate"
+        if objective.surrogate != "vespo":
+            objective = objective.replace(sampler_correction=kind)
     if config.teacher and config.kl_estimator == "sampled" and not objective.row_local:
         raise ConfigError(
             f"objective: got {config.objective!r}, which has one ratio for a sequence; allowed "
@@ -114,6 +120,10 @@ class Update:
         first_pass: bool, share: float,
     ) -> vgkern.PolicyLoss:  # fmt: skip
         config, head, device = self.config, self.policy.head(), of(self.policy)
+        # a later pass's ratio is to the sampler itself: nothing is left to correct
+        objective = (
+            self.objective if first_pass else self.objective.replace(sampler_correction="none")
+        )
         where = (prompts, host.tokens, config.group, host.lengths)
         groups = torch.arange(len(prompts), device=device)[:, None].expand(-1, config.group)
         groups = groups.reshape(-1)
@@ -121,7 +131,7 @@ class Update:
         rollout, advantages = host.to(device), advantages.to(device, non_blocking=True)
         hidden = self.policy.hidden(*where)
         common: dict[str, Any] = {
-            "objective": self.objective, "bias": head.bias, "temperature": config.temperature,
+            "objective": objective, "bias": head.bias, "temperature": config.temperature,
             "softcap": head.softcap, "old_logp": None if first_pass else rollout.logp,
             "sampler_logp": rollout.logp if first_pass else None, "mask": rollout.mask,
             "normalizer": normalizer,
