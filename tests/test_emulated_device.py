@@ -9,7 +9,7 @@ import torch
 from emulated.device import CUDA, Device, Emulated, Refused
 
 import vgkern
-from vgkern.errors import ConfigError
+from vgkern.errors import ConfigError, TrainingError
 from vgkern.train import device as place_of
 from vgkern.train import run
 from vgkern.train.config import Config
@@ -170,3 +170,18 @@ def test_what_cannot_be_had_is_said():
     with pytest.raises(ConfigError, match="device: got 'tpu'"):
         dataclasses.replace(SMALL, device="tpu")
     assert vgkern
+
+
+@pytest.mark.parametrize(
+    ("where", "setting"), [("sample", "prompts"), ("gradient", "micro_prompts")]
+)
+def test_a_batch_that_does_not_fit_names_the_setting(tmp_path, monkeypatch, where, setting):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(run.Trainer, where, full)
+    monkeypatch.setattr(run.Trainer, "score", lambda *_: torch.arange(16.0))
+    out = tmp_path / "r"
+    with pytest.raises(TrainingError, match=f"{setting}: 4 do not fit.*try {setting} = 2"):
+        run.train(dataclasses.replace(SMALL, device="cpu", out=str(out)))
+    assert list((out / "state").glob("step-*"))  # the beginning of that step

@@ -390,3 +390,27 @@ def test_messages_go_through_the_chat_template() -> None:
     inner.chat_template = "{{ raise_exception('no system here') }}"
     with pytest.raises(ValueError, match=r"refuses them .*no system here"):
         encode(tokenizer, question)
+
+
+def test_text_can_be_a_users_turn_and_the_checkpoint_remembers(tmp_path: Path) -> None:
+    from vgkern.train.policy import encode
+
+    inner = words()
+    with pytest.raises(ValueError, match=r"chat: got true, and the tokenizer of .*no chat template"):
+        hf_load.HFTokenizer(inner, chat=True)
+    inner.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %} a"
+    plain, chatty = hf_load.HFTokenizer(inner), hf_load.HFTokenizer(inner, line=False, chat=True)
+    turn = [{"role": "user", "content": "b"}]
+    assert encode(chatty, "b") == encode(chatty, turn) == encode(plain, turn) != encode(plain, "b")
+    assert set(chatty.stops) <= set(plain.stops)
+    HFPolicy(tiny(vocab_size=len(inner))).save(str(tmp_path))
+    chatty.save(str(tmp_path))
+    assert (tmp_path / hf_load.ASKED).exists()
+    found = hf_load._asked(tmp_path / hf_load.ASKED)
+    assert found == {"line": False, "chat": True}
+    again = hf_load.load(str(tmp_path))[1]
+    assert again.turns and not again.line and encode(again, "b") == encode(chatty, "b")
+    other = hf_load.load(str(tmp_path), line=True, chat=False)[1]
+    assert not other.turns and other.line
+    (tmp_path / hf_load.ASKED).write_text("[1")
+    assert hf_load.load(str(tmp_path))[1].line

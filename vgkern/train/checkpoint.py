@@ -87,8 +87,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and set(found) >= RUN else {}
 
 
-def load_policy(path: str) -> tuple[Policy, Tokenizer]:
-    """A folder of this trainer, or any Hugging Face causal LM (folder or name)."""
+def load_policy(
+    path: str, line: bool | None = None, chat: bool | None = None
+) -> tuple[Policy, Tokenizer]:
+    """A folder of this trainer, or any Hugging Face causal LM (folder or name). line, chat: of the
+    latter, see `hf_load.load`."""
     from .model import KIND, Decoder
     from .tokenizer import CharTokenizer
 
@@ -111,7 +114,7 @@ def load_policy(path: str) -> tuple[Policy, Tokenizer]:
         raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from None
     from .hf_load import load
 
-    return load(path)
+    return load(path, line=line, chat=chat)
 
 
 def new_policy(config: Config) -> tuple[Policy, Tokenizer]:

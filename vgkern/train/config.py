@@ -40,6 +40,8 @@ class Config:
         0, "fixed examples before every question (reasoning_gym, data.jsonl)", 0
     )
     model: str = _option("", "checkpoint folder, or a Hugging Face name; empty: a new small model")
+    line: bool = _option(True, "an answer of a Hugging Face model ends at a line break too")
+    chat: bool = _option(False, "a question of text is a user's turn in the model's chat template")
     out: str = _option("", "output folder; empty: runs/<task>-<time>")
     seed: int = _option(0, "seed of weights, data order and sampling", 0, 2**62)
     device: str = _option("auto", "auto: a GPU where there is one", choices=DEVICES)
@@ -143,6 +145,9 @@ class Config:
                 remedy = "kl_estimator = 'analytic'"
             for name in ("future", "discount"):
                 idle[name] = (text, f"any with {remedy}")
+        if not self.model:
+            needed = ("without a Hugging Face model", "any with --model")
+            idle |= dict.fromkeys(("line", "chat"), needed)
         if self.cut_off != "value":
             idle["cut_off_value"] = (f"under cut_off {self.cut_off!r}", "cut_off = 'value'")
         for spec in dataclasses.fields(self):

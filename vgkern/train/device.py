@@ -8,11 +8,12 @@ in the update alike; the two then differ by rounding (`gap_limits`).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from vgkern.errors import ConfigError
+from vgkern.errors import ConfigError, TrainingError
 
 DEVICES, DTYPES = ("auto", "cpu", "cuda"), ("auto", "fp32", "bf16")
 
@@ -87,6 +88,20 @@ def precision(policy: Any, cache: bool = True) -> contextlib.AbstractContextMana
     if getattr(policy, "compute", "fp32") == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(of(policy).type, torch.bfloat16, cache_enabled=cache)
+
+
+@contextlib.contextmanager
+def fits(setting: str, now: int, also: str) -> Iterator[None]:
+    """What runs out of a GPU's memory within says which setting to lower, and to what."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).strip().split("\n")[0]
+        allowed = f"{setting} = {now // 2} {also}" if now > 1 else f"a smaller model, {also}"
+        raise TrainingError(
+            f"{setting}: {now} do not fit the GPU's memory ({reason}); try {allowed}, and go on "
+            f"with --model RUN/step-N or anew"
+        ) from error
 
 
 def rounded(policy: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -16,15 +17,24 @@ from torch import Tensor
 
 from .hf import HFPolicy
 
+ASKED = "vgkern.json"  # beside a checkpoint's weights: how its questions are put
 INSTALL = "pip install 'transformers>=5' accelerate gguf"
 
 
 class HFTokenizer:
     """The `Tokenizer` protocol. With `line`, an answer ends at its first line break as well."""
 
-    def __init__(self, tokenizer: Any, line: bool = True, ends: Iterable[int] = ()) -> None:
-        """ends: what else ends an answer, as a model's generation config has it."""
-        self.inner = tokenizer
+    def __init__(
+        self, tokenizer: Any, line: bool = True, ends: Iterable[int] = (), chat: bool = False
+    ) -> None:
+        """ends: what else ends an answer, as a model's generation config has it. chat: a question
+        of text is a user's turn (`policy.encode`)."""
+        self.inner, self.line, self.turns = tokenizer, line, chat
+        if chat and not tokenizer.chat_template:
+            raise ValueError(
+                f"chat: got true, and the tokenizer of {tokenizer.name_or_path} has no chat "
+                f"template; allowed: false"
+            )
         if tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer of {tokenizer.name_or_path}: it has no eos_token")
         self.eos: int = tokenizer.eos_token_id
@@ -67,10 +77,15 @@ class HFTokenizer:
 
     def save(self, folder: str) -> None:
         self.inner.save_pretrained(folder)
+        asked = {"line": self.line, "chat": self.turns}
+        Path(folder, ASKED).write_text(json.dumps(asked) + "\n")
 
 
-def load(name: str, *, device: str = "cpu", line: bool = True) -> tuple[HFPolicy, HFTokenizer]:
-    """Policy and tokenizer from "smollm2", a .gguf file, a checkpoint folder or a hub name."""
+def load(
+    name: str, *, device: str = "cpu", line: bool | None = None, chat: bool | None = None
+) -> tuple[HFPolicy, HFTokenizer]:
+    """Policy and tokenizer from "smollm2", a .gguf file, a checkpoint folder or a hub name. line,
+    chat: as in the config; None: as the checkpoint was trained, else its lines and no chat."""
     try:
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,12 +102,23 @@ def load(name: str, *, device: str = "cpu", line: bool = True) -> tuple[HFPolicy
         ) from None
     given = getattr(model.generation_config, "eos_token_id", None)
     ends = [] if given is None else [given] if isinstance(given, int) else list(given)
-    tokenizer = HFTokenizer(inner, line, ends)
+    asked = {"line": True, "chat": False} | _asked(Path(source, ASKED))
+    asked |= {k: v for k, v in {"line": line, "chat": chat}.items() if v is not None}
+    tokenizer = HFTokenizer(inner, ends=ends, **asked)
     model.to(device)
     blocked = tokenizer.blocked(model.get_output_embeddings().weight.shape[0])
     policy = HFPolicy(model, blocked, name)
     check(policy)
     return policy, tokenizer
+
+
+def _asked(file: Path) -> dict[str, bool]:
+    """How a checkpoint of this trainer is asked: what `HFTokenizer.save` wrote."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in found.items() if k in ("line", "chat") and isinstance(v, bool)}
 
 
 def check(policy: HFPolicy, tolerance: float = 1e-4) -> None:

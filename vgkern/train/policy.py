@@ -39,7 +39,10 @@ class Tokenizer(Protocol):
 
 
 def encode(tokenizer: Tokenizer, question: Question) -> list[int]:
-    """Ids of a prompt; messages go through the chat template, which sets special tokens itself."""
+    """Ids of a prompt; messages go through the chat template, which sets special tokens itself. So
+    does text under `chat = true`, as a user's turn."""
+    if isinstance(question, str) and getattr(tokenizer, "turns", False):
+        question = [{"role": "user", "content": question}]
     if isinstance(question, str):
         return tokenizer.encode(question)
     chat = getattr(tokenizer, "chat", None)

@@ -126,9 +126,10 @@ def build(config: Config, own: Any = None) -> tuple[Trainer, list[Entry], Stream
         raise ConfigError(
             f"warm_wrong: got {config.warm_wrong}; allowed: 0, task {task.name!r} has no teacher"
         )
-    policy, tokenizer = (
-        load_policy(find_weights(config.model)[0]) if config.model else new_policy(config)
-    )
+    if config.model:
+        policy, tokenizer = load_policy(find_weights(config.model)[0], config.line, config.chat)
+    else:
+        policy, tokenizer = new_policy(config)
     put(policy, place(config.device, config.dtype, own=isinstance(policy, Decoder)))
     check = getattr(policy, "check", None)  # what cannot be encoded or is too long, said now
     whole = task.entries if isinstance(task, JsonlTask) else []  # of a file every question

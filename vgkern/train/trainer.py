@@ -31,7 +31,7 @@ from vgkern.errors import TrainingError
 from vgkern.tasks import Entry, Reward, Stream, Task
 
 from .config import Config
-from .device import LIMITS
+from .device import LIMITS, fits
 from .generate import Rollout, decode, generate, score
 from .log import Log
 from .policy import Policy, Tokenizer, encode
@@ -91,20 +91,22 @@ class Trainer:
 
     def step(self, index: int) -> dict[str, Any]:
         """Sample, score, update; returns the step's metrics."""
-        self.stepped = False
+        self.stepped, config = False, self.config
         rate = self.learning_rate(index)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         t0 = time.perf_counter()
-        entries, prompts, rollout = self.sample(index)
+        with fits("prompts", config.prompts, "or group, or a task's max_new"):
+            entries, prompts, rollout = self.sample(index)
         t1 = time.perf_counter()
         rewards = self.score(entries, rollout)
         taught = ~rewards.isnan()
         batch = self.batch(prompts, rollout, rewards)
         t2 = time.perf_counter()
-        skipped, every = self.skipped, self.config.replay_every
+        skipped, every = self.skipped, config.replay_every
         self.parts.replay = bool(every) and (index - 1) % every == 0
-        metrics = self.update(batch) if batch.prompts else {"loss": 0.0, "grad_norm": 0.0}
+        with fits("micro_prompts", config.micro_prompts or config.prompts, "prompts at a time"):
+            metrics = self.update(batch) if batch.prompts else {"loss": 0.0, "grad_norm": 0.0}
         if self.skipped == skipped:
             self.skipped_in_a_row = 0
         t3 = time.perf_counter()
