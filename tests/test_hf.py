@@ -396,7 +396,7 @@ def test_text_can_be_a_users_turn_and_the_checkpoint_remembers(tmp_path: Path) -
     from vgkern.train.policy import encode
 
     inner = words()
-    with pytest.raises(ValueError, match=r"chat: got true, and the tokenizer of .*no chat template"):
+    with pytest.raises(ValueError, match=r"chat: got true, and .*no chat template"):
         hf_load.HFTokenizer(inner, chat=True)
     inner.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %} a"
     plain, chatty = hf_load.HFTokenizer(inner), hf_load.HFTokenizer(inner, line=False, chat=True)
