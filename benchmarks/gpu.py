@@ -3,7 +3,7 @@
     python3 benchmarks/gpu.py --out DIR [--budget 540] [--phases smoke,timing] [--resume]
     python3 benchmarks/gpu.py --out DIR --dry        every phase at toy size, without a GPU
     python3 benchmarks/gpu.py report DIR             keep its results under benchmarks/results/
-    python3 benchmarks/gpu.py readme                 the README's section, from those results
+    python3 benchmarks/gpu.py readme                 the sections of the pages, from those results
 
 It needs python3 with torch, and nvcc for the CUDA kernels: no network, no installation. Each phase
 is a process (`python3 -m vgkern.gpu PHASE`) in a process group of its own, killed at its time

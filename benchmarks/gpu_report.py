@@ -1,10 +1,11 @@
-"""gpu.jsonl to a table, to benchmarks/results/<gpu>/ and to the README's section.
+"""gpu.jsonl to a table, to benchmarks/results/<gpu>/ and to the sections of two pages.
 
 The standard library only: benchmarks/gpu.py writes the table also after a phase was killed.
 """
 
 import functools
 import json
+import math
 import re
 import runpy
 import shutil
@@ -15,7 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README = ROOT / "README.md"  # a few lines
+PAGE = ROOT / "docs" / "gpu-status.md"  # all of it
 BEGIN, END = "<!-- gpu: written by benchmarks/gpu.py readme -->", "<!-- /gpu -->"
 Fact = dict[str, Any]
 BASES = ("3 gemms", "2 gemms", "gemm", "copy", "logsumexp")  # what a time is divided by
@@ -202,7 +204,7 @@ SECTIONS: dict[str, Callable[[list[Fact]], list[str]]] = {
 }  # fmt: skip
 
 
-# Results that are kept, and the README -----------------------------------------------------------
+# Results that are kept, and the pages -------------------------------------------------------------
 
 
 def gpu_name(facts: list[Fact]) -> str:
@@ -213,7 +215,7 @@ def gpu_name(facts: list[Fact]) -> str:
 
 
 def report(out: str = "", *_: str) -> int:
-    """benchmarks/results/<gpu>/{gpu.jsonl,table.txt} and the README's section, from a run."""
+    """benchmarks/results/<gpu>/{gpu.jsonl,table.txt} and the pages' sections, from a run."""
     source = Path(out)
     facts = read(source / "gpu.jsonl")
     if not facts:
@@ -226,10 +228,11 @@ def report(out: str = "", *_: str) -> int:
 
 
 def readme(*_: str) -> int:
-    """The tables of all kept results, and the README's section from them."""
+    """The tables of all kept results, and the sections of both pages from them."""
     for path in RESULTS.glob("*/gpu.jsonl"):
         path.with_name("table.txt").write_text(table(read(path)))
-    README.write_text(with_section(README.read_text(), section()))
+    README.write_text(with_section(README.read_text(), brief()))
+    PAGE.write_text(with_section(PAGE.read_text(), section()))
     return 0
 
 
@@ -237,7 +240,7 @@ def with_section(page: str, text: str) -> str:
     before, _, after = page.partition(BEGIN)
     _, closed, after = after.partition(END)
     if not closed:
-        raise SystemExit(f"README.md: {BEGIN!r} and {END!r} are not both there")
+        raise SystemExit(f"a page: {BEGIN!r} and {END!r} are not both there")
     return f"{before}{BEGIN}\n{text.strip()}\n{END}{after}"
 
 
@@ -247,8 +250,8 @@ and races checked, and the CUDA kernels run emulated on the host, under several 
 the address and undefined-behaviour sanitizers, both held to the same error bound as every backend;
 every kernel is compiled as its launcher would launch it for sm_80, sm_90, sm_100 and sm_120 (Triton
 3.9 and 3.6, nvcc 13) under limits on registers, spills, shared memory, occupancy and tensor-core
-instructions. `python -m vgkern doctor --kernels` prints that table on any machine;
-[docs/gpu-status.md](docs/gpu-status.md) says what each check cannot see."""
+instructions. `python -m vgkern doctor --kernels` prints that table on any machine; the table below
+says what each check cannot see."""
 NOTHING = """\
 **No GPU has run this code yet, and no GPU timing is claimed.** On a machine with one,
 `make gpu OUT=dir` measures everything in about 9 minutes (`BUDGET=200`: the first half): every op
@@ -258,11 +261,47 @@ torch, and nvcc, and no network; the result to read is `dir/table.txt`."""
 
 
 def section(results: Path | None = None) -> str:
-    """The README's words on GPUs: what was measured on each, or that none was."""
+    """What was measured on each GPU, or that none was."""
     found = sorted((results or RESULTS).glob("*/gpu.jsonl"))
     if not found:
         return f"{NOTHING}\n\n{WITHOUT}"
     return "\n\n".join([*(measured(path) for path in found), WITHOUT])
+
+
+BRIEF = """\
+**Verified on every change, without a GPU**: the Triton kernels interpreted, the CUDA kernels
+emulated, both held to the error bound of every backend, and every kernel compiled for sm_80, sm_90,
+sm_100 and sm_120. **Not verified**: other GPUs than those named here, a trainer on one, several
+GPUs, AMD and Intel. [docs/gpu-status.md](docs/gpu-status.md) has all of it, with its commands."""
+
+
+def brief(results: Path | None = None) -> str:
+    """The README's few lines: one sentence a GPU, and what was not verified."""
+    found = sorted((results or RESULTS).glob("*/gpu.jsonl"))
+    said = [sentence(read(path)) for path in found]
+    return "\n\n".join([*(said or [NOTHING.partition(" On a machine")[0].strip()]), BRIEF])
+
+
+def sentence(facts: list[Fact]) -> str:
+    """How many checks hold on this GPU, and the loss at the largest shape beside plain PyTorch."""
+    of = {(f["op"], f["metric"]): f["value"] for f in facts if f["phase"] == "facts"}
+    gpu = of.get(("machine", "gpu"))
+    text = f"**Measured on one {gpu}** (`make gpu OUT=dir`): {summary(facts).splitlines()[0]}."
+    loss = [f for f in facts if f["phase"] == "timing" and f["op"] == "linear_policy_loss"]
+    shapes = list(dict.fromkeys(f["shape"] for f in loss))
+    if not shapes:
+        return text
+    shape = max(shapes, key=lambda s: math.prod(map(int, s.split("x"))))
+    at = {(f["metric"], f["backend"]): f["value"] for f in loss if f["shape"] == shape}
+    own, eager = at.get(("ms", "triton")), at.get(("ms", "eager"))
+    if own and eager:
+        text += (
+            f"\nOne call of the loss at (N, H, V) = ({', '.join(shape.split('x'))}), bf16, takes"
+            f" {number(own)} ms,\n{own / eager:.2f} of plain PyTorch's time"
+        )
+        memory, whole = at.get(("peak_MiB", "triton")), at.get(("peak_MiB", "eager"))
+        text += f", in {memory / whole:.2f} of its memory." if memory and whole else "."
+    return text
 
 
 HEAD = (

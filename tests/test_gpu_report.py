@@ -1,4 +1,4 @@
-"""The table of a run on a GPU, the results that are kept, and the README's section on GPUs."""
+"""The table of a run on a GPU, the results that are kept, and the sections of the pages."""
 
 import json
 import sys
@@ -51,13 +51,16 @@ def test_the_table_holds_measurements_beside_predictions():
 
 
 def test_a_run_becomes_results_and_the_section(tmp_path, monkeypatch):
-    run, results, page = tmp_path / "run", tmp_path / "results", tmp_path / "README.md"
+    run, results, page = tmp_path / "run", tmp_path / "results", tmp_path / "page.md"
     run.mkdir()
     (run / "gpu.jsonl").write_text("".join(json.dumps(f) + "\n" for f in FACTS))
     begin, end = gpu_report.BEGIN, gpu_report.END
-    page.write_text(f"before\n{begin}\nstale words\n{end}\nafter\n")
+    front = tmp_path / "front.md"
+    for target in (page, front):
+        target.write_text(f"before\n{begin}\nstale words\n{end}\nafter\n")
     monkeypatch.setattr(gpu_report, "RESULTS", results)
-    monkeypatch.setattr(gpu_report, "README", page)
+    monkeypatch.setattr(gpu_report, "README", front)
+    monkeypatch.setattr(gpu_report, "PAGE", page)
     assert gpu_report.report(str(run)) == 0
     kept = results / "nvidia-h100-80gb-hbm3"
     assert (kept / "gpu.jsonl").read_text() == (run / "gpu.jsonl").read_text()
@@ -69,6 +72,11 @@ def test_a_run_becomes_results_and_the_section(tmp_path, monkeypatch):
         "| (8192, 4096, 131072) | 45 | 41.5 | 42 | 1.25 | 1.20 | 1.50 | - | 4000 (9000) |" in text
     )
     assert "Failed there: linear_sample nan_stays" in text
+    few = front.read_text()
+    assert few.startswith("before\n") and few.endswith("after\n") and "stale" not in few
+    for words in ("1 of 2 checks hold", "45 ms", "0.83 of plain", "0.44 of its memory"):
+        assert words in few
+    assert len(few.splitlines()) < 16
 
 
 def test_without_a_run_there_is_no_report(tmp_path):
@@ -84,12 +92,20 @@ def test_a_page_without_the_marks_is_refused():
 def test_without_results_the_section_says_that_nothing_was_measured(tmp_path):
     text = gpu_report.section(tmp_path)
     assert "No GPU has run this code yet" in text and "make gpu OUT=dir" in text
+    few = gpu_report.brief(tmp_path)
+    assert "No GPU has run this code yet" in few and "Not verified" in few
 
 
-def test_the_readme_is_what_the_results_say():
+def test_a_run_without_timings_is_still_a_sentence():
+    said = gpu_report.sentence([f for f in FACTS if f["phase"] != "timing"])
+    assert said.endswith("1 of 2 checks hold.")
+
+
+@pytest.mark.parametrize("name", ["brief", "section"])
+def test_the_pages_are_what_the_results_say(name):
     """After `benchmarks/gpu.py report DIR` or a change of words: `benchmarks/gpu.py readme`."""
-    page = (ROOT / "README.md").read_text()
-    assert page == gpu_report.with_section(page, gpu_report.section())
+    page = {"brief": gpu_report.README, "section": gpu_report.PAGE}[name].read_text()
+    assert page == gpu_report.with_section(page, getattr(gpu_report, name)())
 
 
 def test_kept_results_have_their_table():
