@@ -13,7 +13,7 @@ RANK = {
     "ops": 4,
     "": 5, "nn": 5, "tasks": 5, "costate": 5, "case_inputs": 5, "cases": 5,
     "bench": 6, "gate": 6, "train": 6,
-    "integrations": 7, "use": 7, "gpu": 7, "__main__": 8,
+    "integrations": 7, "use": 7, "gpu": 7, "doctor": 7, "__main__": 8,
 }  # fmt: skip
 CODE_RUNNING_IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 CODE_RUNNING_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load"}

@@ -16,7 +16,7 @@ COMMANDS = {
     "impact": "rank checkpoints by what RL will gain from them, before it is paid for",
     "bench": "time every op against the others on this machine (--quick: two minutes)",
     "build": "compile the native kernels now, into the cache",
-    "doctor": "say what runs here: backends, compiler, cache",
+    "doctor": "say which backends run here, which do not and why, and what to install",
 }
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         from vgkern.bench.cli import main as bench
 
         return bench(rest)
-    return train(rest) if command == "train" else native(command, rest)
+    return train(rest) if command == "train" else build(rest)
 
 
 def train(arguments: list[str]) -> int:
@@ -88,31 +88,21 @@ def _ended(command: str, run: Callable[[], None], interrupted: str) -> int:
     return 0
 
 
-def native(command: str, arguments: list[str]) -> int:
+def build(arguments: list[str]) -> int:
     from vgkern.ops import _native
 
-    parser = argparse.ArgumentParser(
-        prog=f"python -m vgkern {command}", description=COMMANDS[command]
-    )
-    if command == "build":
-        parser.add_argument(
-            "--cuda", action="store_true",
-            help="the CUDA kernels instead, for every GPU they support (needs nvcc, no GPU)"
-        )  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m vgkern build", description=COMMANDS["build"])
+    parser.add_argument(
+        "--cuda", action="store_true",
+        help="the CUDA kernels instead, for every GPU they support (needs nvcc, no GPU)"
+    )  # fmt: skip
     asked = parser.parse_args(arguments)
     try:
-        if command == "build":
-            from vgkern.ops import _cuda_build
+        from vgkern.ops import _cuda_build
 
-            print(_cuda_build.build(_cuda_build.FAT) if asked.cuda else _native.build())
-            return 0
-        from vgkern.ops import _cuda_build, _gpu
-
-        found = {**_native.status(), **_gpu.status(), "nvcc": _cuda_build.nvcc_status()}
-        for name, value in found.items():
-            print(f"{name:<12} {value}")
+        print(_cuda_build.build(_cuda_build.FAT) if asked.cuda else _native.build())
     except _native.NativeError as error:
-        print(f"vgkern {command}: {error}", file=sys.stderr)
+        print(f"vgkern build: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -141,7 +131,9 @@ def doctor(arguments: list[str]) -> int:
 
         return traffic(given.write)
     if not given.kernels:
-        return native("doctor", [])
+        from vgkern.doctor import main as diagnose
+
+        return diagnose()
     from vgkern.gate.doctor import report
 
     return report(given.arch, given.json)
