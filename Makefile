@@ -49,7 +49,7 @@ native = test -e $(NATIVE_STAMP) || { echo '== native kernels'; \
   $(PY) -m vgkern build && touch $(NATIVE_STAMP); } || \
   { echo '== so the torch backend runs: slower, same results'; false; }
 
-.PHONY: help train test check oldest lint build bench gpu gpu-dry clean
+.PHONY: help train test check oldest lint build bench docs wheel gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +57,7 @@ help:
 	@echo 'make test    ruff, mypy, clang-format, then pytest       (20 minutes on two cores)'
 	@echo 'make check   the same lint, and the tests that a change most often breaks    (2 minutes)'
 	@echo '             ARGS="-k sample": some of the tests, with either'
+	@echo 'make docs    the pages and the API as a site (site/); make wheel: a wheel in dist/'
 	@echo 'make oldest  pytest on torch $(OLD_TORCH), Triton $(OLD_TRITON): the oldest allowed (.venv-oldest)'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make build   compile the native kernels now'
@@ -128,6 +129,13 @@ bench: $(TRAIN_STAMP)
 endif
 
 # On a machine with a GPU: its own python3 and torch, no .venv, no network.
+docs: $(TRAIN_STAMP)
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
+	$(PY) -m mkdocs build --strict --quiet && echo 'site/index.html'
+
+wheel: $(TRAIN_STAMP)
+	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist . && ls dist
+
 gpu:
 	@if [ -z '$(OUT)' ]; then echo 'make gpu: say where the results go: make gpu OUT=folder'; exit 2; fi
 	@$(or $(PYTHON),python3) benchmarks/gpu.py --out '$(OUT)' --budget $(or $(BUDGET),540) $(ARGS)
