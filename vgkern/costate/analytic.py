@@ -18,14 +18,12 @@ entropy are one pass over the logits; every teacher is one pass of `linear_diver
 """
 
 import contextlib
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vgkern import objectives
 from vgkern.objectives import Objective
@@ -39,7 +37,8 @@ from vgkern.ops.linear_policy_loss import linear_policy_loss
 from vgkern.ops.linear_token_logprobs import linear_token_logprobs
 from vgkern.ops.policy_loss import COUNTS, PolicyLoss
 
-BLOCKED = -1e8  # a bias at or below this makes an id impossible
+from ._biases import produced
+
 SCORE = Objective(advantage="none", ratio="none", surrogate="linear")
 RESERVED = {*COUNTS, "future", "loss"} - {"kl"}  # metrics that no teacher may be called after
 COLUMNS = 8  # added for a bias: its parts, and zeros, so that rows stay aligned
@@ -348,7 +347,7 @@ def _divergence(
     if tw.shape[0] != w.shape[0]:
         allowed = f"the vocabulary of the student, [{w.shape[0]}, Ht]"
         raise _check.fail(f"teacher {teacher.name!r}: weight", tw, allowed)
-    ids, none = _produced(bias, teacher.bias)
+    ids, none = produced(bias, teacher.bias)
     other = None if teacher.bias is None else teacher.bias.detach()
     if ids is not None and bias is not None and other is not None:
         w, tw, bias, other = (x.index_select(0, ids) for x in (w, tw, bias, other))
@@ -365,37 +364,6 @@ def _divergence(
             f"that can produce the same tokens, or kind='jsd'"
         )
     return out
-
-
-_looked = WeakTensorKeyDictionary()  # bias -> (versions, the other, what `_look` found)
-
-
-def _produced(bias: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, bool]:
-    """`_look`, once for a pair of buffers that nobody writes to: on a GPU the host waits for it."""
-    if bias is None or bias.requires_grad or bias.is_inference():
-        return _look(bias, other)
-    if other is not None and (other.requires_grad or other.is_inference()):
-        return _look(bias, other)
-    versions = (bias._version, None if other is None else other._version)
-    known = _looked.get(bias)
-    if known is None or known[0] != versions or (known[1] and known[1]()) is not other:
-        known = (versions, None if other is None else weakref.ref(other), _look(bias, other))
-        _looked[bias] = known
-    return known[2]
-
-
-def _look(bias: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, bool]:
-    """The ids that either head can produce (None: all), as one that neither can adds nothing; and
-    whether the biases of those are constant zeros."""
-    both = [b for b in (bias, other) if b is not None]
-    learned = any(b.requires_grad for b in both)
-    ids = None
-    if bias is not None and other is not None:
-        kept = (bias > BLOCKED) | (other > BLOCKED)
-        if not bool(kept.all()):
-            ids = kept.nonzero()[:, 0]
-            both = [b.detach().index_select(0, ids) for b in both]
-    return ids, not learned and not any(bool((b != 0).any()) for b in both)
 
 
 def _with_columns(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

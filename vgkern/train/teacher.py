@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgkern.costate.analytic import BLOCKED
+from vgkern.costate._biases import BLOCKED
 from vgkern.errors import ConfigError
 
 from .checkpoint import find, load_policy
