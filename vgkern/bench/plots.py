@@ -9,7 +9,7 @@ from .group import GEMM
 from .record import Report, Row
 from .work import BOTH, FWD, differentiated
 
-ABSENT = "not drawn: pip install 'vgkern[bench]' (matplotlib)"
+ABSENT = "not drawn: pip install matplotlib"
 COLOURS = {
     "vgkern cpu": "tab:blue", "vgkern triton": "tab:blue", "vgkern cuda": "tab:cyan",
     "vgkern torch": "tab:gray", "torch eager": "tab:orange", "torch.compile": "tab:red",
