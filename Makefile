@@ -27,7 +27,7 @@ OLDEST_SELECTED := not parity or float32 and (h7 or n4 or ragged) or bfloat16 an
 # What a change most often breaks, in under two minutes (`make check`).
 CHECKED := $(addprefix tests/test_,$(addsuffix .py,layering packaging objectives policy_loss \
   linear_policy_loss linear_token_logprobs token_logprobs group_advantages noise messages train \
-  train_config train_faults resume state tasks own_tasks rewards scorers use page readme))
+  train_config train_faults resume state tasks own_tasks rewards scorers use page readme docs doctor))
 GATES := tests/test_gate_triton.py tests/test_gate_cuda.py
 
 # A stamp is named by what it stands for, so that a change of content, and only that, makes it old.
@@ -49,7 +49,7 @@ native = test -e $(NATIVE_STAMP) || { echo '== native kernels'; \
   $(PY) -m vgkern build && touch $(NATIVE_STAMP); } || \
   { echo '== so the torch backend runs: slower, same results'; false; }
 
-.PHONY: help train test check oldest lint build bench docs wheel gpu gpu-dry clean
+.PHONY: help train test check oldest lint build wheel docs bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,10 +57,11 @@ help:
 	@echo 'make test    ruff, mypy, clang-format, then pytest       (20 minutes on two cores)'
 	@echo 'make check   the same lint, and the tests that a change most often breaks    (2 minutes)'
 	@echo '             ARGS="-k sample": some of the tests, with either'
-	@echo 'make docs    the pages and the API as a site (site/); make wheel: a wheel in dist/'
 	@echo 'make oldest  pytest on torch $(OLD_TORCH), Triton $(OLD_TRITON): the oldest allowed (.venv-oldest)'
 	@echo 'make lint    ruff, mypy, clang-format'
 	@echo 'make build   compile the native kernels now'
+	@echo 'make wheel   dist/vgkern-VERSION-py3-none-any.whl, to install elsewhere'
+	@echo 'make docs    the site of docs/, with the API reference, in build/site'
 ifneq ($(wildcard benchmarks/run.py),)
 	@echo 'make bench   time every op against the others'
 endif
@@ -122,6 +123,15 @@ endif
 build: $(TRAIN_STAMP)
 	@$(PY) -m vgkern build && touch $(NATIVE_STAMP)
 
+# From a copy: setuptools leaves build/ and *.egg-info where it builds, and takes what build/ had.
+wheel: $(TRAIN_STAMP)
+	@copy=$$(mktemp -d) && cp -RP pyproject.toml README.md LICENSE vgkern kernels csrc $$copy && \
+	  $(PY) -m pip wheel -q --disable-pip-version-check --no-deps -w dist $$copy; \
+	status=$$?; rm -rf $$copy; test $$status != 0 || ls dist/*.whl; exit $$status
+
+docs: $(TEST_STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict && echo build/site/index.html
+
 ifneq ($(wildcard benchmarks/run.py),)
 bench: $(TRAIN_STAMP)
 	@$(native) || true
@@ -129,13 +139,6 @@ bench: $(TRAIN_STAMP)
 endif
 
 # On a machine with a GPU: its own python3 and torch, no .venv, no network.
-docs: $(TRAIN_STAMP)
-	$(PIP) mkdocs-material 'mkdocstrings[python]'
-	$(PY) -m mkdocs build --strict --quiet && echo 'site/index.html'
-
-wheel: $(TRAIN_STAMP)
-	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist . && ls dist
-
 gpu:
 	@if [ -z '$(OUT)' ]; then echo 'make gpu: say where the results go: make gpu OUT=folder'; exit 2; fi
 	@$(or $(PYTHON),python3) benchmarks/gpu.py --out '$(OUT)' --budget $(or $(BUDGET),540) $(ARGS)
@@ -154,7 +157,7 @@ $(TRAIN_STAMP): | $(VENV)/.vgkern-torch-$(SETUP)
 
 $(TEST_STAMP): | $(VENV)/.vgkern-torch-$(SETUP)
 	@echo '== the packages for training and tests (pyproject.toml, constraints.txt)'
-	@$(PIP) -e '.[train,dev]'
+	@$(PIP) -e '.[train,dev,docs]'
 	@touch $@ $(TRAIN_STAMP)
 
 # torch comes first and alone: only it is looked for on its index. pip waits minutes for an index

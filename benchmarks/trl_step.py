@@ -1,6 +1,6 @@
 """One RL step of vgkern's trainer and of TRL's GRPOTrainer: same weights, prompts, batch, threads.
 
-    .venv/bin/pip install -c constraints.txt -e '.[train,compare]'
+    pip install -e '.[train,compare]'
     python benchmarks/trl_step.py [--model RUN/start] [--steps 60] [--block 5] [--json F]
 
 The `sort` demo, Dr. GRPO, 32 prompts x 8 samples, one micro-batch, fp32. One process; blocks of

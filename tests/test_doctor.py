@@ -1,4 +1,4 @@
-"""`python -m vgkern doctor` answers first: what runs here, what does not, what to install."""
+"""`python -m vgkern doctor` answers first: what runs, what does not and why, what to install."""
 
 import importlib.util
 

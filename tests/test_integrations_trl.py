@@ -11,7 +11,7 @@ import vgkern
 from vgkern.integrations import IntegrationError, _patch
 from vgkern.integrations import trl as ours
 
-trl = pytest.importorskip("trl", reason="TRL is not installed (pip install trl)")
+trl = pytest.importorskip("trl", reason="TRL is not installed (pip install 'trl>=1.16,<1.17')")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 if not trl.__version__.startswith("1.16"):

@@ -6,6 +6,7 @@ whether it could be made.
 
 import importlib.util
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def cpu() -> Answer:
             return Answer(False, str(error), "python -m vgkern build")
         return Answer(True, f"C++ kernels, instruction set {found['isa']}")
     if found["error"]:
-        return Answer(False, found["error"], "see the reason")
+        return Answer(False, found["error"])
     if found["compiler"] is None:
         return Answer(
             False, "no C++ compiler", "apt install g++, or your system's like; or set CXX to one"
@@ -66,7 +67,7 @@ def _no_nvidia() -> Answer | None:
         return None
     why = _gpu.no_gpu().partition("; use backend")[0]
     if "too old" in why:
-        return Answer(False, why, "see the reason")
+        return Answer(False, why)
     if torch.version.cuda is None and not torch.version.hip:
         remedy = "an NVIDIA GPU, and a CUDA build of torch (https://pytorch.org/get-started)"
         return Answer(False, why, remedy)
@@ -93,13 +94,16 @@ def cuda() -> Answer:
     if torch.version.hip:
         return Answer(False, "the kernels are for NVIDIA GPUs", "backend='triton'")
     targets = _cuda_build.present()
-    if _cuda_build.find(targets):
-        return Answer(True, "CUDA kernels")
+    try:
+        if _cuda_build.find(targets):
+            return Answer(True, "CUDA kernels")
+    except _native.NativeError as error:  # the cache
+        return Answer(False, str(error))
     if (nvcc := _cuda_build.find_nvcc()) is None:
         return Answer(False, "no nvcc", "the CUDA toolkit; set CUDA_HOME to it")
     release = _gpu.nvcc_version(nvcc)[1]
     if problem := _gpu.nvcc_problem(nvcc, release, targets):
-        return Answer(False, problem, "see the reason")
+        return Answer(False, problem)
     how = "python -m vgkern build --cuda"
     return Answer(True, "CUDA kernels, compiled by nvcc at their first use", how)
 
@@ -129,7 +133,7 @@ def text() -> str:
         lines += [title] if of else []
         for name, a in of.items():
             lines.append(f"  {name:<8} {a.why}")
-            if a.remedy and a.remedy != "see the reason":
+            if a.remedy:
                 lines.append(f"  {'':<8} {'now' if runs else 'to have it'}: {a.remedy}")
     lines += [automatic(found), ""]
     if lack := absent():
@@ -151,6 +155,6 @@ def main() -> int:
     try:
         print(details())
     except _native.NativeError as error:
-        print(f"error        {error}")
+        print(f"vgkern doctor: {error}", file=sys.stderr)
         return 1
     return 0

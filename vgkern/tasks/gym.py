@@ -25,7 +25,7 @@ class GymTask:
             import reasoning_gym
         except ImportError:
             raise ValueError(
-                f"task: reasoning_gym:{dataset} needs the package: pip install vgkern[tasks]"
+                f"task: reasoning_gym:{dataset} needs the package: pip install reasoning-gym"
             ) from None
         options = dict(options)
         self.name = f"reasoning_gym:{dataset}"
