@@ -157,7 +157,8 @@ def test_a_gap_that_is_nan_stops_a_run():
     from types import SimpleNamespace
 
     from vgkern.errors import TrainingError
+    from vgkern.train.device import LIMITS
     from vgkern.train.trainer import Trainer
 
     with pytest.raises(TrainingError, match="disagree on a token's log-prob by nan"):
-        Trainer.check_gap(SimpleNamespace(gap=0.0), math.nan)
+        Trainer.check_gap(SimpleNamespace(gap=0.0, limits=LIMITS["fp32"]), math.nan)
