@@ -1,6 +1,7 @@
 """The captured rollout on the emulated device: the trees' tokens, one replay each, few waits."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -94,6 +95,16 @@ def test_a_step_of_the_optimizer_is_seen_by_the_graph(gpu, make):
             p.mul_(1.3)
             q.mul_(1.3)
     same(rollout(policy, stops=()), rollout(twin, stops=()))
+
+
+@pytest.mark.parametrize("make", [decoder, llama])
+def test_batches_do_not_keep_their_policy(gpu, make):
+    policy = there(make())
+    rollout(policy)
+    gone = weakref.ref(policy)
+    del policy
+    gc.collect()
+    assert gone() is None and not len(decoding._batches)
 
 
 @pytest.mark.parametrize("make", [decoder, llama])

@@ -10,6 +10,7 @@ The decoder's groups share the keys and values of their prompt: P x G queries ag
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,8 @@ class DecoderRows:
     """P groups of G rows, prompts of at most `room` tokens, `new` tokens after them."""
 
     def __init__(self, model: Decoder, prompts: int, group: int, room: int, new: int) -> None:
-        self.model, self.prompts, self.group, self.room, self.new = model, prompts, group, room, new
+        self.model = weakref.proxy(model)  # rows are kept as long as it is, not it as long as they
+        self.prompts, self.group, self.room, self.new = prompts, group, room, new
         self.capacity = room + group * new
         like, count = rounded(model, model.bias), prompts * group
         size = (prompts * self.capacity, 2 * model.shape.width)
@@ -102,7 +104,8 @@ class HFRows:
     def __init__(self, policy: HFPolicy, prompts: int, group: int, room: int, new: int) -> None:
         from transformers import StaticCache
 
-        self.policy, self.group, self.room, self.new = policy, group, room, new
+        self.policy = weakref.proxy(policy)
+        self.group, self.room, self.new = group, room, new
         count, self.capacity = prompts * group, room + new
         self.cache = StaticCache(config=policy.model.config, max_cache_len=self.capacity)
         weight = policy.output.weight
