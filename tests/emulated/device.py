@@ -30,9 +30,8 @@ aten = torch.ops.aten
 WAITS = {  # operators whose result's value or shape the host needs
     aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero,
     aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount,
-    aten.repeat_interleave, aten.count_nonzero, aten.allclose,
+    aten.repeat_interleave, aten.allclose,
 }  # fmt: skip
-WAITS -= {aten.count_nonzero}
 FACTORIES = {  # with `device=`, positional sizes or data
     torch.tensor, torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.eye,
     torch.linspace, torch.rand, torch.randn, torch.randint, torch.randperm, torch.as_tensor,

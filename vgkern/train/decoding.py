@@ -21,7 +21,7 @@ from torch import Tensor
 import vgkern
 
 from . import capture
-from .device import of, precision
+from .device import of, precision, where
 from .static import rows_of
 
 LOOK = 16  # tokens between two looks of the host
@@ -130,13 +130,13 @@ def sample(
     """Tokens [R, new], log-probs, lengths and whether a row ended by itself, on the host; None for
     a policy that has no static rows. Within `torch.inference_mode()`."""
     with precision(policy, cache=False):  # a cast that is cached would be freed under the graph
-        room = -(-max(map(len, prompts)) // ROOM) * ROOM
-        first = batch = _batch(policy, len(prompts), group, room, new, how)
-        if batch is None or first is None:
-            return None
         check = getattr(policy, "check", None)
         if check is not None:
             check(prompts, new)
+        room = -(-max(map(len, prompts)) // ROOM) * ROOM
+        batch = _batch(policy, len(prompts), group, room, new, how)
+        if batch is None:
+            return None
         batch.start(prompts, sequence)
         whole = [torch.zeros_like(x) for x in (batch.tokens, batch.logp, batch.lengths,
                                                batch.finished)]  # fmt: skip
@@ -169,7 +169,7 @@ def sample(
 def _batch(policy: Any, prompts: int, group: int, room: int, new: int, how: How) -> Batch | None:
     """The batch of this shape, with its graph if it has been here before."""
     known = _batches.setdefault(policy, {})
-    key = (prompts, group, room, new, how, getattr(policy, "compute", "fp32"), of(policy))
+    key = (prompts, group, room, new, how, where(policy))
     batch = known.pop(key, None)
     if batch is None:
         rows = rows_of(policy, prompts, group, room, new)

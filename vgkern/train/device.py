@@ -80,14 +80,20 @@ def of(policy: Any) -> torch.device:
     return next(iter(policy.parameters())).device if found is None else found
 
 
+def where(policy: Any) -> Place:
+    """Of a policy; one that does not say computes in fp32."""
+    return Place(of(policy), getattr(policy, "compute", "fp32"))
+
+
 def precision(policy: Any, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
     """What a policy's forwards, and the ops on its hidden states, run under.
 
     cache: a weight's cast may be kept until the context ends.
     """
-    if getattr(policy, "compute", "fp32") == "fp32":
+    device, dtype = where(policy)
+    if dtype == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(of(policy).type, torch.bfloat16, cache_enabled=cache)
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache)
 
 
 @contextlib.contextmanager

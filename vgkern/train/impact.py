@@ -22,9 +22,9 @@ from .generate import decode, generate, portions, score
 from .hf import common_prefix
 from .policy import Policy, Tokenizer, encode
 from .prompt_costates import prompt_costates
+from .readouts import TOKENS
 
 GAP_ERROR = LIMITS["fp32"].gap_error
-TOKENS = 8192  # of one part: its prompts times G texts, the longest of each
 
 
 @dataclass(frozen=True)

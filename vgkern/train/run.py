@@ -20,7 +20,7 @@ from vgkern.tasks.own import JsonlTask, from_python
 from .checkpoint import find as find_weights
 from .checkpoint import load_policy, new_policy, save_checkpoint
 from .config import Config
-from .device import Place, of, place, put
+from .device import place, put, where
 from .interrupt import Interruption
 from .log import Log, clock
 from .model import Decoder
@@ -175,7 +175,7 @@ class Run:
         if state is not None and found is not None:
             if config.warming and config.beta:  # the KL is to where RL started
                 reference = trainer.parts.reference = load_policy(str(start))[0]
-                put(reference, Place(of(trainer.policy), trainer.policy.compute))
+                put(reference, where(trainer.policy))
             restore(trainer, state)
             step, measured = found["number"], found["measured"]
             self.samples = found["samples"]

@@ -13,7 +13,7 @@ from vgkern.errors import ConfigError
 
 from .checkpoint import find, load_policy
 from .config import Config
-from .device import Place, of, put
+from .device import put, where
 from .policy import Head, Policy, Tokenizer
 
 SHOWN = 3  # ids of an error message
@@ -44,7 +44,7 @@ def load_teacher(
         raise ConfigError(f"teacher: {config.teacher}: {error}; allowed: {allowed}") from None
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
-    put(teacher, Place(of(policy), getattr(policy, "compute", "fp32")))
+    put(teacher, where(policy))
     return teacher
 
 

@@ -31,7 +31,7 @@ from vgkern.errors import TrainingError
 from vgkern.tasks import Entry, Reward, Stream, Task
 
 from .config import Config
-from .device import LIMITS, fits
+from .device import LIMITS, fits, where
 from .generate import Rollout, decode, generate, score
 from .log import Log
 from .policy import Policy, Tokenizer, encode
@@ -61,8 +61,8 @@ class Trainer:
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.stream, self.held_out = stream, held_out
         self.task: Task = stream.task
-        self.limits = LIMITS[getattr(policy, "compute", "fp32")]
-        self.objective = make_objective(config, getattr(policy, "compute", "fp32"))
+        self.limits = LIMITS[where(policy).dtype]
+        self.objective = make_objective(config, where(policy).dtype)
         prompts = [encode(tokenizer, entry.question) for entry in held_out]
         teacher = load_teacher(config, policy, tokenizer, prompts, self.task.max_new)
         self.parts = Update(config, policy, teacher, self.objective)
